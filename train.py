@@ -1,0 +1,277 @@
+"""Train the neural field (nf), the denoising autoencoder (dae) or its control, the plain autoencoder (ae).
+
+    python train.py --model nf                       # built for 2 CPU cores and under 10 minutes; on a GPU: --size full
+    python train.py --model dae                      # MNIST, Gaussian noise 0.3;  --model ae: no noise
+    python train.py --model dae --noise salt_pepper --noise-param 0.4
+    python train.py --model nf --steps 20000         # longer; --resume goes on where a stopped run was
+
+One loop for all three: take clean images, corrupt them, compare what the model makes of it with the CLEAN images.
+
+    nf     t ~ timesteps, eps ~ N(0, I), x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps at the output pixels
+           loss = mean (f(x_t, coords_out, t, coords_in, x_in) - x_0)^2        DDPM, algorithm 1, for x0-prediction
+    dae    loss = mean (g(f(corrupt(x))) - x)^2                                Vincent et al. (2008)
+    ae     loss = mean (g(f(x)) - x)^2
+
+Whatever is random in step n is drawn from a generator seeded with (seed, n): nothing but the step number is needed to
+go on with a stopped run exactly. Below out/MODEL: checkpoint.pt, loss.csv, loss.png, samples.png and results.json.
+"""
+import argparse
+import copy
+import csv
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import noise as corruption
+from autoencoder import DenoisingAutoencoder
+from data import DATASETS, fail, fixed_keys, load_dataset, sparse_split
+from nf_denoiser import SIZES, NFDenoiser
+from sample import load_checkpoint, report
+from schedule import DiffusionSchedule, line_chart
+
+RECIPES = {  # batch size, peak learning rate, decay of the weights' moving average, and how long: steps or epochs
+    "nf small": dict(batch_size=32, lr=2e-3, ema=0.995, steps=2200),
+    "nf full": dict(batch_size=64, lr=1e-4, ema=0.9999, epochs=100),
+    "ae": dict(batch_size=128, lr=1e-3, ema=0.998, epochs=10),
+}
+
+
+def field_loss(model, schedule, images, keys):
+    """One batch of the neural field's objective. images uint8 (B, C, H, W); keys (B, H * W) or None for fresh masks."""
+    split = sparse_split(images, keys=keys)
+    x_0, last = split["output_values"], schedule.num_timesteps - 1
+    # Half of the images at the last timestep, where the one-step mean is learned; the rest at all of them, for samples.
+    t = torch.randint(0, last + 1, (len(images),), device=images.device)
+    half = len(images) // 2
+    t[:half] = last
+    x_t = schedule.q_sample(x_0, t, torch.randn_like(x_0))
+    x_0_hat = model(x_t, split["output_coords"], t, split["input_coords"], split["input_values"], pure_noise=half)
+    return F.mse_loss(x_0_hat, x_0)
+
+
+def autoencoder_loss(model, images, corrupt):
+    """One batch of the autoencoders' objective. images uint8 (B, 1, 28, 28); corrupt: clean -> noisy."""
+    clean = images.flatten(1).float() / 255
+    return F.mse_loss(model(corrupt(clean))[0], clean)
+
+
+def save_checkpoint(path, checkpoint):
+    """Write to a temporary file, flush it to the disk, rename: the old checkpoint lives until the new one is whole."""
+    temporary = path.with_suffix(".part")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def learning_rate(step, steps, peak):
+    """Straight up over the first 2% of the steps (100 at most), then half a cosine down to 1% of the peak."""
+    warmup = max(1, min(100, steps // 50))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))))
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=["nf", "dae", "ae"], default="nf")
+    parser.add_argument("--size", choices=["auto", "small", "full"], default="auto", help="of nf; auto: full on CUDA")
+    parser.add_argument("--data", choices=DATASETS, default="auto")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where data sets are, or are put")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for everything that is written")
+    parser.add_argument("--noise", choices=[*corruption.NOISES, "mixed"], default="gaussian", help="for dae")
+    parser.add_argument("--noise-param", type=float, help="its strength (default 0.3, salt_pepper 0.2)")
+    parser.add_argument("--steps", type=int, help="how many batches to train on")
+    parser.add_argument("--epochs", type=int, help="or how many times through the data")
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--lr", type=float, help="peak learning rate")
+    parser.add_argument("--ema", type=float, help="decay of the moving average of the weights")
+    parser.add_argument("--masks", choices=["fresh", "fixed"], default="fresh", help="of nf: new ones, or one an image")
+    parser.add_argument("--beta-schedule", choices=["cosine", "linear"], default="cosine")
+    parser.add_argument("--timesteps", type=int, default=1000, help="T, the length of the diffusion")
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint below --out")
+    parser.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
+    parser.add_argument("--evaluate", type=int, default=200, help="test images in the closing table of nf")
+    parser.error = fail
+    args = parser.parse_args()
+    if args.size == "auto":
+        args.size = "full" if args.device.startswith("cuda") else "small"
+    recipe = RECIPES[f"nf {args.size}" if args.model == "nf" else "ae"]
+    for name in ("batch_size", "lr", "ema"):
+        if getattr(args, name) is None:
+            setattr(args, name, recipe[name])
+    if args.steps is None and args.epochs is None:
+        args.steps, args.epochs = recipe.get("steps"), recipe.get("epochs")
+    if args.model == "ae":
+        args.noise = "none"
+    if args.noise_param is None and args.noise in corruption.NOISES:
+        args.noise_param = corruption.NOISES[args.noise][1]
+    for flag, least in (("batch_size", 1), ("steps", 1), ("epochs", 1), ("timesteps", 1), ("save_every", 1), ("evaluate", 1), ("seed", 0)):
+        value = getattr(args, flag)
+        if value is not None and value < least:
+            raise ValueError(f"--{flag.replace('_', '-')} must be at least {least}, got {value}")
+    if not 0 < args.lr < math.inf or not 0 <= args.ema < 1:
+        raise ValueError(f"--lr must be above 0 and --ema between 0 and 1, got {args.lr} and {args.ema}")
+    return args
+
+
+def main():
+    args = parse_arguments()
+    device, folder = torch.device(args.device), args.out / args.model
+    path = folder / "checkpoint.pt"
+
+    # Data: the whole training set as one uint8 tensor on the device; a batch is an index into it.
+    real = "cifar10" if args.model == "nf" else "mnist"
+    name, images, _ = load_dataset(args.data, args.data_dir, train=True, real=real)
+    images = images.to(device)
+    if args.batch_size > len(images):
+        raise ValueError(f"--batch-size {args.batch_size} is more than the {len(images):,} images of {name}")
+    per_epoch = len(images) // args.batch_size
+    steps = args.steps or args.epochs * per_epoch
+
+    # Model, its moving average, optimiser.
+    torch.manual_seed(args.seed)
+    channels, side = images.shape[1], images.shape[2]
+    schedule, settings = DiffusionSchedule(args.timesteps, args.beta_schedule), {}
+    if args.model == "nf":
+        config = dict(SIZES[args.size], input_channels=channels, output_channels=channels, side=side)
+        model = NFDenoiser(**config)
+        model.alphas_cumprod = schedule.alphas_cumprod.clone()
+        settings = dict(timesteps=args.timesteps, beta_schedule=args.beta_schedule)
+    else:
+        if images[0].numel() != 784:
+            raise ValueError(f"the autoencoders take 28 x 28 grey images: --data mnist or glyphs, not {name}")
+        config = dict(input_dim=784, latent_dim=64)
+        model = DenoisingAutoencoder(**config)
+    model.to(device)
+    schedule.to(device)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01 if args.model == "nf" else 0.0, fused=True)
+    losses, first = torch.zeros(steps, device=device), 0
+    # What a resumed run must share with the run it goes on with.
+    identity = dict(model=args.model, data=name, noise=args.noise, noise_param=args.noise_param, batch_size=args.batch_size,
+                    lr=args.lr, ema=args.ema, masks=args.masks, seed=args.seed, **config, **settings)
+    if args.resume:
+        if not path.exists():
+            raise ValueError(f"nothing to resume: there is no {path}")
+        _, checkpoint = load_checkpoint(path, device)
+        changed = [f"{key} {checkpoint['identity'].get(key)} -> {value}" for key, value in identity.items()
+                   if checkpoint["identity"].get(key) != value]
+        if changed:
+            raise ValueError(f"{path} was trained with other settings ({', '.join(changed)}): use those, or another --out")
+        model.load_state_dict(checkpoint["model"])
+        ema.load_state_dict(checkpoint["ema"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        first = checkpoint["step"]
+        if first >= steps:
+            raise ValueError(f"{path} has already done {first:,} steps: --steps must be more to go on")
+        losses[:first] = checkpoint["losses"].to(device)
+    folder.mkdir(parents=True, exist_ok=True)
+    if args.noise == "mixed":
+        corrupt = corruption.add_mixed_noise
+    elif args.noise == "none":
+        corrupt = lambda clean: clean
+    else:
+        corrupt = lambda clean: corruption.NOISES[args.noise][0](clean, args.noise_param)
+    run_model = torch.compile(model) if args.compile else model
+    print(f"{args.model} {args.size if args.model == 'nf' else ''} {sum(p.numel() for p in model.parameters()):,} parameters | "
+          f"{name} {len(images):,} images | batch {args.batch_size}, {steps:,} steps, lr {args.lr:g} | {device}, "
+          f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+
+    def save(step):
+        save_checkpoint(path, dict(kind=args.model, config=config, schedule=settings, data=name, step=step, identity=identity,
+                                   model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
+                                   losses=losses[:step].cpu()))
+
+    stop = []  # Ctrl-C asks for a stop after the step in hand, so that what is saved is whole
+    signal.signal(signal.SIGINT, lambda *_: stop.append(True) if not stop else sys.exit(130))
+    start = shown = time.time()
+    for step in range(first, steps):
+        epoch, place = divmod(step, per_epoch)
+        if place == 0 or step == first:
+            order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)).to(device)
+        torch.manual_seed(args.seed * 1_000_003 + step)
+        index = order[place * args.batch_size:(place + 1) * args.batch_size]
+        batch = images[index]
+
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, args.lr)
+        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+            if args.model == "nf":
+                keys = fixed_keys(args.seed, index, side * side) if args.masks == "fixed" else None
+                loss = field_loss(run_model, schedule, batch, keys)
+            else:
+                loss = autoencoder_loss(run_model, batch, corrupt)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():  # ema += (1 - decay) (model - ema), with a shorter memory at the very beginning
+            decay = min(args.ema, (1 + step) / (10 + step))
+            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+        losses[step] = loss.detach()
+
+        # Reading a loss makes a GPU wait for it: now and then is enough.
+        done, now = step + 1, time.time()
+        stopping = bool(stop)
+        last = done == steps or stopping
+        if last or done % args.save_every == 0 or now - shown > (0.5 if sys.stdout.isatty() else 15):
+            recent = losses[max(0, done - 100):done].mean().item()
+            if not math.isfinite(recent):
+                raise ValueError(f"the loss is no longer finite at step {done:,}: try a lower --lr; "
+                                 + (f"the checkpoint of an earlier step is in {path}" if path.exists() else "nothing was saved"))
+            rate = (done - first) / (now - start)
+            print(f"{chr(13) if sys.stdout.isatty() else ''}step {done:,} of {steps:,}  loss {recent:.5f}  "
+                  f"{rate * args.batch_size:,.0f} images/s  {(steps - done) / rate:.0f} s left ",
+                  end="\n" if last or not sys.stdout.isatty() else "", flush=True)
+            shown = now
+            if last or done % args.save_every == 0:
+                save(done)
+        if stopping:
+            print(f"stopped and saved: {path}. To go on, give the same command with --resume added")
+            raise SystemExit(130)
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    print(f"trained in {time.time() - start:.0f} s; checkpoint: {path}")
+    finish(args, ema, losses.tolist(), folder, path, name)
+
+
+def finish(args, ema, losses, folder, path, name):
+    """Loss curve, table of results and pictures."""
+    with open(folder / "loss.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("step", "loss"), *((i + 1, f"{loss:.6g}") for i, loss in enumerate(losses))])
+    width = max(1, len(losses) // 100)  # the mean of every hundredth of the run
+    starts = range(0, len(losses) - width + 1, width)
+    smooth = [sum(losses[i:i + width]) / width for i in starts]
+    line_chart(f"{args.model} on {name}: training loss", {"loss": ([i + width for i in starts], smooth)}, log_y=True).save(folder / "loss.png")
+    print(f"loss curve: {folder / 'loss.png'}, {folder / 'loss.csv'}")
+
+    _, images, _ = load_dataset(name, args.data_dir, train=False)
+    if args.model == "nf":
+        images = images[:args.evaluate]
+    options = argparse.Namespace(seed=0, input_ratio=0.2, full=False, sampler="ddim", steps=min(50, args.timesteps), eta=0.0,
+                                 scale=1, gif=False)
+    checkpoint = load_checkpoint(path)[1]
+    results = report(ema, checkpoint, images.to(args.device), folder, options, name)
+    (folder / "results.json").write_text(json.dumps(dict(data=name, images=len(images), methods=results), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as problem:
+        fail(problem)
