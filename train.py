@@ -197,6 +197,9 @@ def main():
                                    model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
                                    losses=losses[:step].cpu()))
 
+    # (torch.manual_seed would do, but it seeds every kind of device there may be, which costs half a millisecond.)
+    reseed = torch.cuda.manual_seed if device.type == "cuda" else torch.default_generator.manual_seed
+    averages, weights = list(ema.parameters()), list(model.parameters())
     stop = []  # Ctrl-C asks for a stop after the step in hand, so that what is saved is whole
     signal.signal(signal.SIGINT, lambda *_: stop.append(True) if not stop else sys.exit(130))
     start = shown = time.time()
@@ -204,7 +207,7 @@ def main():
         epoch, place = divmod(step, per_epoch)
         if place == 0 or step == first:
             order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)).to(device)
-        torch.manual_seed(args.seed * 1_000_003 + step)
+        reseed(args.seed * 1_000_003 + step)
         index = order[place * args.batch_size:(place + 1) * args.batch_size]
         batch = images[index]
 
@@ -218,11 +221,11 @@ def main():
                 loss = autoencoder_loss(run_model, batch, corrupt)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         with torch.no_grad():  # ema += (1 - decay) (model - ema), with a shorter memory at the very beginning
             decay = min(args.ema, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+            torch._foreach_lerp_(averages, weights, 1 - decay)
         losses[step] = loss.detach()
 
         # Reading a loss makes a GPU wait for it: now and then is enough.
