@@ -32,7 +32,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 SIZES = {  # what `--size` means; everything else is NFDenoiser's default
     "full": dict(num_latents=512, latent_dim=512, num_fourier_feats=256, num_blocks=6, num_heads=8, dropout=0.1),
-    "small": dict(num_latents=32, latent_dim=96, num_fourier_feats=32, num_blocks=2, num_heads=4, dropout=0.0),
+    "small": dict(num_latents=32, latent_dim=64, num_fourier_feats=32, num_blocks=1, num_heads=2, dropout=0.0,
+                  stencil_dim=256),
 }
 
 
@@ -125,7 +126,7 @@ class PerceiverIO(nn.Module):
         self.latents = nn.Parameter(torch.randn(num_latents, latent_dim) * 0.02)
         self.encoder = Block(latent_dim, num_heads, dropout, cross=True)
         self.processor = nn.ModuleList([Block(latent_dim, num_heads, dropout) for _ in range(num_blocks)])
-        self.decoder = Block(latent_dim, num_heads, dropout, cross=True)
+        self.decoder = Block(latent_dim, num_heads, dropout, cross=True, widening=4)
         self.norm_out = nn.LayerNorm(latent_dim)
         self.to_values = nn.Linear(latent_dim, output_channels)
 
@@ -170,7 +171,7 @@ class GaussianField:
     """
 
     def __init__(self, input_coords, input_values, output_coords):
-        self.input_coords, self.output_coords = input_coords, output_coords
+        self.input_coords, self.output_coords, self.eigen = input_coords, output_coords, None
         k_ii = covariance(input_coords, input_coords)
         k_ii.diagonal(dim1=1, dim2=2).add_(NUGGET)
         self.k_io = covariance(input_coords, output_coords)                          # (B, N_in, N_out)
@@ -183,6 +184,18 @@ class GaussianField:
         self.variance = (((centred * self.weights).sum(1).mean(-1) + 4 * 0.2) / (n + 4))[:, None, None]  # (B, 1, 1)
         self.kriging = self.mean + self.k_io.transpose(1, 2) @ self.weights          # (B, N_out, C)
 
+    def outputs_given_inputs(self, skip=0):
+        """(half, given): L^-1 K_io (B, N_in, N_out), and the outputs' covariance given the inputs (B, N_out, N_out)."""
+        outputs = self.output_coords[skip:]
+        half = torch.linalg.solve_triangular(self.chol[skip:], self.k_io[skip:], upper=False)
+        return half, torch.baddbmm(covariance(outputs, outputs), half.transpose(1, 2), half, alpha=-1)
+
+    def prepare(self):
+        """Do once what every step of a sampler needs: with the eigenvectors of `given`, each step is a product."""
+        self.half, self.given = self.outputs_given_inputs()
+        self.eigen = torch.linalg.eigh(self.given)
+        return self
+
     def condition(self, x_t, alpha_bar, skip=0):
         """Take the noisy outputs in as well. x_t (B, N_out, C); alpha_bar (B,) in [0, 1].
 
@@ -193,17 +206,19 @@ class GaussianField:
         """
         if skip == len(x_t):
             return self.kriging, self.weights, torch.zeros_like(x_t)
-        bar, chol, k_io = alpha_bar[skip:, None, None], self.chol[skip:], self.k_io[skip:]
-        outputs = self.output_coords[skip:]
-        half = torch.linalg.solve_triangular(chol, k_io, upper=False)                # (B, N_in, N_out)
-        # The outputs' covariance given the inputs; then that of x_t / sqrt(alpha_bar), all times alpha_bar / sigma^2.
-        given = torch.baddbmm(covariance(outputs, outputs), half.transpose(1, 2), half, alpha=-1)
-        system = bar * given
-        system.diagonal(dim1=1, dim2=2).add_(((1 - bar) / self.variance[skip:]).clamp(min=1e-4).squeeze(-1))
+        bar, chol = alpha_bar[skip:, None, None], self.chol[skip:]
+        # x_t / sqrt(alpha_bar) is x_0 plus noise: (given + noise I) w = surprise, both sides times alpha_bar.
         surprise = bar.sqrt() * (x_t[skip:] - bar.sqrt() * self.kriging[skip:])
-        output_weights = torch.cholesky_solve(surprise, torch.linalg.cholesky(system))
-        input_weights = self.weights[skip:] - torch.linalg.solve_triangular(chol.transpose(1, 2), half @ output_weights,
-                                                                            upper=True)
+        noise = ((1 - bar) / self.variance[skip:]).clamp(min=1e-4)                   # (B, 1, 1)
+        if self.eigen:
+            half, given, (values, vectors) = self.half, self.given, self.eigen
+            output_weights = vectors @ ((vectors.mT @ surprise) / (bar * values[..., None].clamp(min=0) + noise))
+        else:
+            half, given = self.outputs_given_inputs(skip)
+            system = bar * given
+            system.diagonal(dim1=1, dim2=2).add_(noise.squeeze(-1))
+            output_weights = torch.cholesky_solve(surprise, torch.linalg.cholesky(system))
+        input_weights = self.weights[skip:] - torch.linalg.solve_triangular(chol.mT, half @ output_weights, upper=True)
         mean = self.kriging[skip:] + given @ output_weights
         return (torch.cat([self.kriging[:skip], mean]), torch.cat([self.weights[:skip], input_weights]),
                 torch.cat([torch.zeros_like(x_t[:skip]), output_weights]))
@@ -218,13 +233,14 @@ class NFDenoiser(nn.Module):
     """The neural field: predicts the clean values of noisy output pixels, given clean input pixels.
 
     Same arguments as PerceiverIO, and
-    stencil: odd side of the square of lattice points around an output pixel at which it sees the field's mean.
+    stencil: odd side of the square of lattice points around an output pixel at which it sees the field's mean;
+    stencil_dim: width of the MLP that reads them.
     side: of the lattice on which that mean is laid out, the training images' height and width.
     alphas_cumprod: (T,), the schedule that x_t comes from; None is the cosine schedule with T = 1000.
     """
 
     def __init__(self, input_channels=3, output_channels=3, num_latents=512, latent_dim=512, num_fourier_feats=256,
-                 num_blocks=6, num_heads=8, dropout=0.1, stencil=7, side=32, alphas_cumprod=None):
+                 num_blocks=6, num_heads=8, dropout=0.1, stencil=7, stencil_dim=512, side=32, alphas_cumprod=None):
         super().__init__()
         if stencil % 2 != 1 or input_channels != output_channels:
             raise ValueError(f"the stencil must be odd ({stencil}), and what goes in must be of the kind of what comes out "
@@ -236,8 +252,9 @@ class NFDenoiser(nn.Module):
         self.embed_time = nn.Sequential(SinusoidalTimeEmbedding(128), nn.Linear(128, latent_dim), nn.ReLU(),
                                         nn.Linear(latent_dim, latent_dim))
         self.embed_mean = nn.Linear(input_channels, latent_dim)
-        self.embed_around = nn.Sequential(nn.Linear(stencil**2 * (input_channels + 2), 2 * latent_dim), nn.ReLU(),
-                                          nn.Linear(2 * latent_dim, latent_dim))
+        self.embed_around = nn.Sequential(nn.Linear(stencil**2 * (input_channels + 2), stencil_dim), nn.ReLU(),
+                                          nn.Linear(stencil_dim, stencil_dim), nn.ReLU(),
+                                          nn.Linear(stencil_dim, latent_dim))
         nn.init.normal_(self.perceiver.to_values.weight, std=0.01)  # begin close to the Gaussian field's answer
         if alphas_cumprod is None:
             t = torch.arange(1, 1001, dtype=torch.float64) / 1000
@@ -301,12 +318,18 @@ class NFDenoiser(nn.Module):
         centre = F.pad((mean - field.mean) / field.variance.sqrt(), (0, 2))[:, :, None, :]
         return (seen - centre).flatten(2)
 
-    def forward(self, noisy_output_values, output_coords, t, input_coords, input_values, pure_noise=0):
+    @torch.no_grad()
+    def prepare(self, output_coords, input_coords, input_values):
+        """What forward works out again for every timestep of a sampler: hand it over as `field`, with the same pixels."""
+        return GaussianField(input_coords, input_values, output_coords).prepare()
+
+    def forward(self, noisy_output_values, output_coords, t, input_coords, input_values, pure_noise=0, field=None):
         """Predict the clean output values.
 
         noisy_output_values: x_t (B, N_out, C); output_coords (B, N_out, 2) and input_coords (B, N_in, 2) in [0, 1],
         N_in >= 1; t: int64 (B,) in 0..T-1; input_values (B, N_in, C): clean, never noised. Values live in [-1, 1].
-        pure_noise: so many images, from the first, are known to be at the last timestep, which saves work.
+        pure_noise: so many images, from the first, are known to be at the last timestep, which saves work; field: what
+        `prepare` gave for these pixels, likewise.
         Returns x_0_hat (B, N_out, C). Raises ValueError for shapes that do not fit together.
         """
         if input_coords.shape[1] < 1 or input_coords.shape[:2] != input_values.shape[:2] \
@@ -316,7 +339,7 @@ class NFDenoiser(nn.Module):
                              f"{tuple(output_coords.shape)} and {tuple(noisy_output_values.shape)}")
         alpha_bar = self.alphas_cumprod[t]
         with torch.no_grad(), torch.autocast(noisy_output_values.device.type, enabled=False):
-            field = GaussianField(input_coords, input_values, output_coords)
+            field = field or GaussianField(input_coords, input_values, output_coords)
             mean, input_weights, output_weights = field.condition(noisy_output_values, alpha_bar, pure_noise)
             around = self.look_around(field, mean, input_weights, output_weights, alpha_bar)
             # How far x_0 may be from that mean: 7% of the field's variance given the inputs, less given x_t as well.
@@ -327,7 +350,8 @@ class NFDenoiser(nn.Module):
         time_token = self.embed_time(t)[:, None, :]                                  # (B, 1, dim)
         given = perceiver.tokens(input_coords, input_values, self.marker[0] + time_token)
         asked = self.embed_around(around) + self.embed_mean(mean) + self.marker[1] + time_token
-        asked = perceiver.tokens(output_coords, noisy_output_values, asked)          # the query carries x_t
+        # The query carries x_t, by as much as there is in it: pure noise is not worth reading.
+        asked = perceiver.tokens(output_coords, bar.sqrt() * noisy_output_values, asked)
         latents = perceiver.encode(torch.cat([given, asked], dim=1))
         return mean + std * perceiver.decode(asked, latents)
 

@@ -6,6 +6,8 @@
     python sample.py --full --gif                      # every missing pixel as one joint sample; denoising animated
     python sample.py --scale 4                         # the field asked on a grid 4 times as fine
     python sample.py --image photo.png --input-ratio 0.1
+    python sample.py --evaluate 200 --input-ratio 0.05 0.1 0.2 0.3 0.5     # one table over all of them
+    python sample.py --evaluate 20 --samples 32        # are the samples' doubts honest? coverage, spread, CRPS
 
 Two answers of the neural field are shown. The one-step mean is its prediction at t = T - 1 from pure noise, an
 estimate of E[x_0 | x_in], the best there is in squared error, and blurred where the input leaves things open. A sample
@@ -62,8 +64,10 @@ def ddpm_sample(model, schedule, output_coords, input_coords, input_values, gene
 def _denoise(model, steps, update, output_coords, input_coords, input_values, generator, on_step):
     shape = (*output_coords.shape[:2], input_values.shape[-1])
     x_t = _randn(shape, input_values, generator)
+    # What does not change from step to step is worked out once, where a model offers that.
+    once = dict(field=model.prepare(output_coords, input_coords, input_values)) if hasattr(model, "prepare") else {}
     for t, t_next in zip(steps, [*steps[1:], -1]):
-        x_0 = model(x_t, output_coords, torch.full(shape[:1], t, device=x_t.device), input_coords, input_values)
+        x_0 = model(x_t, output_coords, torch.full(shape[:1], t, device=x_t.device), input_coords, input_values, **once)
         x_t = update(x_t, x_0, t, t_next, _randn(shape, x_t, generator))
         if on_step:
             on_step(t, x_t, x_0)
@@ -185,6 +189,33 @@ def evaluate_field(model, schedule, images, seed=0, batch=100, **options):
     return {name: {"mse": mse, "mae": mae, "psnr": psnr(mse), "ssim": s} for name, (mse, mae, s) in means.items()}
 
 
+@torch.no_grad()
+def evaluate_samples(model, schedule, images, count, seed=0, input_ratio=0.2, num_steps=50, eta=0.0):
+    """Is the spread of `count` DDIM samples an honest statement of doubt? images uint8 (N, C, H, W).
+
+    Returns coverage, the share of output values within the samples' central 90% (so it should be 0.9, up to the finite
+    count); spread, the samples' mean standard deviation; crps, the continuous ranked probability score
+    mean |x - y| - mean |x - x'| / 2 (Gneiting & Raftery, 2007, eq. 21); psnr_mean, of the mean of the samples, for
+    values in [0, 1].
+    """
+    generator, sums = torch.Generator().manual_seed(seed), torch.zeros(4, dtype=torch.float64)
+    for i, image in enumerate(images):
+        keys = fixed_keys(seed, torch.tensor([i], device=images.device), image[0].numel())
+        split = sparse_split(image[None], input_ratio, keys=keys)
+        many = [split[name].expand(count, -1, -1) for name in ("output_coords", "input_coords", "input_values")]
+        x = ddim_sample(model, schedule, *many, num_steps, eta, generator).clamp(-1, 1) / 2  # (count, N_out, C)
+        y = split["output_values"][0] / 2
+        # A value covered by the central 90% has between 5% and 95% of the samples below it.
+        below = ((x < y).sum(0) + (x <= y).sum(0)) / (2 * count)
+        ordered = x.sort(dim=0)[0]
+        rank = (2 * torch.arange(1, count + 1, device=x.device) - count - 1)[:, None, None]
+        apart = 2 * (rank * ordered).sum(0) / count**2  # mean |x - x'| over all pairs, from the order statistics
+        sums += torch.stack([((below >= 0.05) & (below <= 0.95)).float().mean(), x.std(0).mean(),
+                             ((x - y).abs().mean(0) - apart / 2).mean(), (x.mean(0) - y).square().mean()]).cpu()
+    coverage, spread, crps, mse = (sums / len(images)).tolist()
+    return dict(samples=count, images=len(images), coverage=coverage, spread=spread, crps=crps, psnr_mean=psnr(mse))
+
+
 def whole(split, values):
     """The full image (B, C, H, W) in [-1, 1]: input pixels as they are, all others from values (B, N, C)."""
     image = scatter_pixels(split["output_indices"], values.clamp(-1, 1), split["full_image"].shape)
@@ -256,6 +287,18 @@ def draw_autoencoder(model, images, seed):
     return image_grid(rows, row_labels=labels, zoom=2)
 
 
+def draw_spread(model, schedule, images, keys, args, generator, most=16):
+    """Where is the field unsure? Mean and standard deviation of joint samples of whole images, beside the real error."""
+    rows = []
+    for image, key in zip(images, keys):
+        count = min(most, args.samples)
+        split, _, answers = reconstruct(model, schedule, image.expand(count, -1, -1, -1), key.expand(count, -1),
+                                        args.input_ratio[0], full=True, num_steps=args.steps, eta=args.eta, generator=generator)
+        many, truth = (whole(split, answers["sample"]) + 1) / 2, (split["full_image"][0] + 1) / 2
+        rows.append([*many[:3], many.mean(0), truth, heat(many.std(0), 0.25), heat(many.mean(0) - truth, 0.25)])
+    return image_grid(rows, ["sample 1", "sample 2", "sample 3", "mean", "truth", "std. deviation", "error of mean"], zoom=3)
+
+
 @torch.no_grad()
 def draw_fine(model, schedule, split, scale, generator):
     """The field on a grid `scale` times as fine, beside kriging on that grid and the truth enlarged (bicubic)."""
@@ -318,7 +361,16 @@ def report(model, checkpoint, images, folder, args, name):
         pictures = {"samples.png": draw_autoencoder(model, images, args.seed)}
     else:
         schedule = DiffusionSchedule(**checkpoint["schedule"]).to(images.device)
-        options = dict(input_ratio=args.input_ratio, full=args.full, sampler=args.sampler, num_steps=args.steps, eta=args.eta)
+        options = dict(full=args.full, sampler=args.sampler, num_steps=args.steps, eta=args.eta)
+        if len(args.input_ratio) > 1:  # one row a ratio: PSNR of every method
+            table = {ratio: evaluate_field(model, schedule, images, args.seed, input_ratio=ratio, **options)
+                     for ratio in args.input_ratio}
+            print(f"PSNR in dB on {name}, {len(images):,} images, seed {args.seed}, by the share of pixels given\n      "
+                  + "".join(f"{method.replace('_', ' '):>18}" for method in table[args.input_ratio[0]]))
+            for ratio, row in table.items():
+                print(f"{ratio:6.0%}" + "".join(f"{figures['psnr']:18.2f}" for figures in row.values()))
+            return {f"{method} at {ratio:g}": figures for ratio, row in table.items() for method, figures in row.items()}
+        options["input_ratio"] = args.input_ratio[0]
         results = evaluate_field(model, schedule, images, args.seed, **options)
         few, frames = images[:6], []
         keys = fixed_keys(args.seed, torch.arange(len(few), device=images.device), images[0, 0].numel())
@@ -330,6 +382,12 @@ def report(model, checkpoint, images, folder, args, name):
         print_table(results, f"nf on {name}, {len(images):,} images, {n_in} input and {outputs} output pixels of "
                              f"{pixels}, {how}, seed {args.seed}")
         pictures = {"samples.png": draw_field(split, answers)}
+        if args.samples:
+            results["samples"] = evaluate_samples(model, schedule, images, args.samples, args.seed, args.input_ratio[0],
+                                                  args.steps, args.eta)
+            print("{samples} samples of {images} images: {coverage:.1%} of the values within the central 90%, spread "
+                  "{spread:.4f}, CRPS {crps:.4f}, PSNR of their mean {psnr_mean:.2f} dB".format(**results["samples"]))
+            pictures["spread.png"] = draw_spread(model, schedule, images[:4], keys, args, generator)
         if args.scale > 1:
             pictures["scale.png"] = draw_fine(model, schedule, split, args.scale, generator)
         if args.gif:
@@ -359,7 +417,8 @@ def main():
     parser.add_argument("--steps", type=int, help="of DDIM (default 50); DDPM walks all timesteps")
     parser.add_argument("--eta", type=float, default=0.0, help="randomness of DDIM, 0 to 1")
     parser.add_argument("--seed", type=int, default=0, help="of the masks and the noise")
-    parser.add_argument("--input-ratio", type=float, default=0.2, help="share of the pixels that is given")
+    parser.add_argument("--input-ratio", type=float, nargs="+", default=[0.2], help="share of the pixels that is given")
+    parser.add_argument("--samples", type=int, metavar="K", help="draw K samples an image and measure their spread")
     parser.add_argument("--full", action="store_true", help="sample every missing pixel jointly")
     parser.add_argument("--scale", type=int, default=1, help="ask the field on a grid this many times as fine")
     parser.add_argument("--image", type=Path, help="a picture of your own instead of test images")
@@ -378,6 +437,7 @@ def main():
     args.steps = 50 if args.steps is None else args.steps
     for flag, value, good, want in (("--eta", args.eta, 0 <= args.eta <= 1, "between 0 and 1"),
                                     ("--scale", args.scale, 1 <= args.scale <= 16, "between 1 and 16"),
+                                    ("--samples", args.samples, args.samples is None or args.samples >= 2, "at least 2"),
                                     ("--evaluate", args.evaluate, args.evaluate in (None, -1) or args.evaluate > 0, "at least 1")):
         if not good:
             raise ValueError(f"{flag} must be {want}, got {value}")

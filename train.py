@@ -37,7 +37,7 @@ from sample import load_checkpoint, report
 from schedule import DiffusionSchedule, line_chart
 
 RECIPES = {  # batch size, peak learning rate, decay of the weights' moving average, and how long: steps or epochs
-    "nf small": dict(batch_size=32, lr=2e-3, ema=0.995, steps=2200),
+    "nf small": dict(batch_size=32, lr=5e-3, ema=0.998, steps=2500),
     "nf full": dict(batch_size=64, lr=1e-4, ema=0.9999, epochs=100),
     "ae": dict(batch_size=128, lr=1e-3, ema=0.998, epochs=10),
 }
@@ -266,8 +266,8 @@ def finish(args, ema, losses, folder, path, name):
     _, images, _ = load_dataset(name, args.data_dir, train=False)
     if args.model == "nf":
         images = images[:args.evaluate]
-    options = argparse.Namespace(seed=0, input_ratio=0.2, full=False, sampler="ddim", steps=min(50, args.timesteps), eta=0.0,
-                                 scale=1, gif=False)
+    options = argparse.Namespace(seed=0, input_ratio=[0.2], full=False, sampler="ddim", steps=min(50, args.timesteps),
+                                 eta=0.0, samples=None, scale=1, gif=False)
     checkpoint = load_checkpoint(path)[1]
     results = report(ema, checkpoint, images.to(args.device), folder, options, name)
     (folder / "results.json").write_text(json.dumps(dict(data=name, images=len(images), methods=results), indent=1) + "\n")
