@@ -1,6 +1,6 @@
 """Use a trained model: sample from it, measure it beside the classical alternatives, draw what it does.
 
-    python sample.py                                   # the newest checkpoint below out/: a grid and a table
+    python sample.py                                   # the newest checkpoint below out/, or the shipped one: a grid, a table
     python sample.py out/nf/checkpoint.pt --evaluate   # 1,000 test images: MSE, MAE, PSNR, SSIM of every method
     python sample.py --sampler ddim --steps 20 --eta 1 # fewer steps, DDPM's noise;  --sampler ddpm walks all of them
     python sample.py --full --gif                      # every missing pixel as one joint sample; denoising animated
@@ -33,6 +33,8 @@ from data import DATASETS, fail, fixed_keys, image_grid, load_dataset, scatter_p
 from nf_denoiser import NFDenoiser, kriging
 from noise import NOISES
 from schedule import DiffusionSchedule
+
+SHIPPED = Path(__file__).resolve().parent / "assets" / "nf_small.pt"  # used where nothing has been trained yet
 
 # ------------------------------------------------------------------------------------------------------ samplers
 
@@ -412,7 +414,7 @@ def animate(split, outputs, frames, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", nargs="?", type=Path, help="default: the newest checkpoint below --out")
+    parser.add_argument("checkpoint", nargs="?", type=Path, help="default: the newest checkpoint below --out, or the one that comes with the code")
     parser.add_argument("--sampler", choices=["ddim", "ddpm"], default="ddim")
     parser.add_argument("--steps", type=int, help="of DDIM (default 50); DDPM walks all timesteps")
     parser.add_argument("--eta", type=float, default=0.0, help="randomness of DDIM, 0 to 1")
@@ -425,6 +427,7 @@ def main():
     parser.add_argument("--gif", action="store_true", help="animate the denoising")
     parser.add_argument("--evaluate", type=int, nargs="?", const=-1, metavar="N",
                         help="measure on the first N test images (default 1,000; all for the autoencoders)")
+    parser.add_argument("--export", type=Path, metavar="FILE", help="write a checkpoint of the averaged weights alone")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures of the table to FILE")
     parser.add_argument("--data", choices=DATASETS, help="default: what the model was trained on")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where data sets are, or are put")
@@ -445,22 +448,27 @@ def main():
     path = args.checkpoint
     if path is None:
         found = sorted(args.out.rglob("checkpoint.pt"), key=lambda file: file.stat().st_mtime)
-        if not found:
+        if not found and not SHIPPED.exists():
             raise ValueError(f"no checkpoint below {args.out}: train one with `python train.py --model nf`")
-        path = found[-1]
+        path = found[-1] if found else SHIPPED
     model, checkpoint = load_checkpoint(path, args.device)
     kind = checkpoint["kind"]
     print(f"{path}: {kind}, {checkpoint['step']:,} steps on {checkpoint['data']}")
     if kind != "nf" and (args.full or args.gif or args.scale > 1):
         raise ValueError(f"--full, --gif and --scale are for the neural field, and {path} is an autoencoder")
 
+    if args.export:
+        args.export.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({key: checkpoint[key] for key in ("kind", "config", "schedule", "data", "step", "ema")}, args.export)
+        print(f"exported: {args.export}")
+
     start = time.time()
     channels, side = (checkpoint["config"]["input_channels"], checkpoint["config"]["side"]) if kind == "nf" else (1, 28)
     if args.image:
         name, images = args.image.name, load_photo(args.image, side, channels)
     else:
-        name, images, _ = load_dataset(args.data or checkpoint["data"], args.data_dir, train=False,
-                                       real="cifar10" if kind == "nf" else "mnist")
+        name, images, _ = load_dataset(args.data or ("auto" if path == SHIPPED else checkpoint["data"]), args.data_dir,
+                                       train=False, real="cifar10" if kind == "nf" else "mnist")
         if images.shape[1:] != (channels, side, side):
             raise ValueError(f"{path} wants images of {channels} x {side} x {side}, and {name} has {tuple(images.shape[1:])}")
         wanted = {None: 6 if kind == "nf" else len(images), -1: min(1000, len(images)) if kind == "nf" else len(images)}

@@ -23,10 +23,12 @@ import tarfile
 import tempfile
 import time
 import traceback
+import types
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import autoencoder
@@ -736,6 +738,196 @@ def test_autoencoder_layers_and_ranges():
     raises(ValueError, lambda: model(torch.rand(2, 3, 32, 32)), 784)
 
 
+# ------------------------------------------------------------------------------------------ autoencoder lab
+
+
+def tiny_lab(**options):
+    """What autoencoder.main() builds, on a few glyphs; options replace parts of it."""
+    images, labels = data.make_glyphs(512, 11)
+    x, y = images.flatten(1) / 255, labels.long()
+    noises = {name: add for name, (add, _) in noise.NOISES.items()}
+    noises["clean"] = noises["stripes"] = lambda images, *_: images
+    lab = dict(seeds=1, noises=noises, image_grid=data.image_grid, heat=sample.heat, line_chart=schedule.line_chart,
+               images=x[:384], labels=y[:384], test_images=x[384:], test_labels=y[384:])
+    return types.SimpleNamespace(**{**lab, **options})
+
+
+class Answer(torch.nn.Module):
+    """A stand-in for a trained autoencoder: forward(x) -> (answer(x), latent), so that the right figures are known."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, x):
+        return self.answer(x), x
+
+
+def quiet(call, *arguments):
+    """The call's result and what it printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        return call(*arguments), out.getvalue()
+
+
+def test_train_autoencoder_learns_to_denoise_and_the_seed_decides_all():
+    lab = tiny_lab()
+    train = lambda corrupt, seed, epochs=40: autoencoder.train_autoencoder(lab.images, corrupt, epochs, seed)
+    spoil = lambda x, generator: noise.add_gaussian_noise(x, 0.5, generator)
+    one, same, other = train(spoil, 0, 2), train(spoil, 0, 2), train(spoil, 1, 2)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters()))
+    assert not torch.equal(one.encoder[0].weight, other.encoder[0].weight)
+    dae, ae = train(spoil, 0), train(lambda x, generator: x, 0)
+    assert not dae.training and not any(p.requires_grad for p in dae.parameters())
+    noisy = noise.add_gaussian_noise(lab.test_images, 0.5, torch.Generator().manual_seed(5))
+    mse = lambda model, x: F.mse_loss(model(x)[0], lab.test_images).item()
+    mean_image = F.mse_loss(lab.images.mean(0).expand_as(lab.test_images), lab.test_images).item()
+    assert mse(dae, noisy) < 0.9 * mse(ae, noisy) and mse(dae, noisy) < mean_image < F.mse_loss(noisy, lab.test_images).item()
+    assert mse(ae, lab.test_images) < mse(dae, lab.test_images)
+    # The loss is against the clean image: where everything is masked, the best constant answer is the mean image.
+    masked = train(lambda x, generator: 0 * x, 0, 20)
+    assert (masked(lab.images[:1] * 0)[0][0] - lab.images.mean(0)).abs().mean() < 0.3 * lab.images.mean()
+
+
+def test_train_autoencoder_asks_for_fresh_noise_and_visits_every_image_once():
+    x = torch.arange(300.0)[:, None].expand(300, 784) / 300
+    seen, ticks = [], []
+
+    def corrupt(clean, generator):
+        seen.append((clean[:, 0].clone(), torch.rand(1, generator=generator).item()))
+        return clean
+
+    autoencoder.train_autoencoder(x, corrupt, 3, 0, batch_size=100, on_epoch=lambda: ticks.append(len(seen)))
+    assert ticks == [3, 6, 9] and len({draw for _, draw in seen}) == 9
+    for epoch in range(3):
+        close(torch.cat([batch for batch, _ in seen[3 * epoch:3 * epoch + 3]]).sort()[0], x[:, 0], 0)
+    assert not torch.equal(seen[0][0], seen[3][0])
+    for strength in (-0.1, float("nan")):
+        raises(ValueError, lambda: autoencoder.train_autoencoder(x, lambda c, g: noise.add_gaussian_noise(c, strength, g), 1, 0), "noise_factor")
+    for add in (noise.add_masking_noise, noise.add_salt_pepper_noise):
+        for strength in (-0.1, 1.1):
+            raises(ValueError, lambda: autoencoder.train_autoencoder(x, lambda c, g: add(c, strength, g), 1, 0), "between 0 and 1")
+    raises(ValueError, lambda: autoencoder.train_autoencoder(x, lambda c, g: c * float("nan"), 1, 0), "finite")
+
+
+def test_the_table_is_numpys_mean_and_standard_deviation():
+    rng = np.random.default_rng(0)
+    figures = rng.random((2, 3, 4))
+    figures[1] *= 50
+    said, out = quiet(autoencoder.table, "heading", ["a", "b"], ["x", "y", "z"], torch.from_numpy(figures))
+    for i, row in enumerate("ab"):
+        for j, column in enumerate("xyz"):
+            mean, std = figures[i, j].mean(), figures[i, j].std(ddof=1)
+            close([said[row][column]["mean"], said[row][column]["std"]], [mean, std], 1e-12)
+            digits = 5 if mean < 1 else 2
+            assert f"{mean:.{digits}f} ±{std:.{digits}f}" in out
+    one = quiet(autoencoder.table, "heading", ["a"], ["x"], torch.ones(1, 1, 1))[0]
+    assert one["a"]["x"] == dict(mean=1.0, std=0.0, seeds=[1.0])
+
+
+def test_linear_classifier_is_the_minimum_of_its_objective():
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(60, 5, generator=g) + 3, torch.randint(3, (60,), generator=g)
+    # Plain gradient descent in float64 on the same objective, written out in numpy.
+    z = ((x - x.mean(0)) / x.var(0).mean().sqrt()).double().numpy()
+    w, b, one_hot = np.zeros((5, 3)), np.zeros(3), np.eye(3)[y]
+    for _ in range(4000):
+        p = np.exp(z @ w + b)
+        p = (p / p.sum(1, keepdims=True) - one_hot) / len(z)
+        w, b = w - 0.5 * (z.T @ p + w / len(z)), b - 0.5 * p.sum(0)
+    test = torch.randn(500, 5, generator=g) + 3
+    expected = (((test - x.mean(0)) / x.var(0).mean().sqrt()).double().numpy() @ w + b).argmax(1)
+    assert (autoencoder.linear_classifier(x, y, 3)(test).numpy() == expected).mean() > 0.99
+    separable = torch.eye(3)[y] + 0.01 * torch.randn(60, 3, generator=g)
+    assert (autoencoder.linear_classifier(separable, y, 3)(separable) == y).all()
+
+
+def test_the_lab_s_sentences_follow_from_the_figures():
+    lab = tiny_lab()
+    truth, grey = Answer(lambda x: lab.test_images[:len(x)]), Answer(lambda x: torch.full_like(x, 0.5))
+    leave, (gaussian, salt_pepper, masking) = Answer(lambda x: x), autoencoder.SPECIALISTS
+    # compare: whoever answers the truth wins everywhere.
+    for plain, denoising, loser in ((grey, truth, "plain"), (truth, grey, "denoising")):
+        lab.models = {autoencoder.CLEAN: [plain], autoencoder.DAE: [denoising]}
+        (said, _, sentences), _ = quiet(autoencoder.compare, lab)
+        assert f"The {loser} autoencoder is better on nothing." in sentences and "1 of 1 seeds" in " ".join(sentences)
+        close(said["clean"][f"MSE {'AE' if loser == 'plain' else 'DAE'}"]["mean"], (lab.test_images - 0.5).square().mean(), 1e-6)
+    # What "left alone" says is known in closed form: E (y - x)^2 = p x^2 for masking, p / 2 (x^2 + (1 - x)^2) for the other.
+    x = lab.test_images
+    close(said["masking 0.3"]["MSE before"]["mean"], 0.3 * x.square().mean(), 2e-3)
+    close(said["salt pepper 0.2"]["MSE before"]["mean"], 0.1 * (x.square() + (1 - x).square()).mean(), 4e-3)
+    # types: a model that answers the truth is the best for every noise, and transfers best.
+    lab.models = {gaussian: [grey], salt_pepper: [leave], masking: [Answer(lambda x: lab.test_images + 0.01)]}
+    (said, _, sentences), _ = quiet(autoencoder.matrix, lab, autoencoder.SPECIALISTS)
+    assert "in 1 of 3 cases; for gaussian 0.3 it is masking 0.3; for salt pepper 0.2 it is masking 0.3." in sentences[0]
+    assert "masking 0.3 does best, on average 0% above" in sentences[1]
+    assert said["left alone"] == said["trained on salt pepper 0.2"]
+    # levels: does the one trained on heavy noise clean light noise?
+    for heavy, verdict in ((truth, "cleans"), (grey, "does not clean")):
+        lab.models = {kind: [Answer(lambda x: lab.test_images + 0.01)] for kind in autoencoder.LEVELS[:4]} | {autoencoder.LEVELS[4]: [heavy]}
+        sentences = quiet(autoencoder.levels, lab)[0][2]
+        assert f"Training on gaussian 0.5 {verdict} gaussian 0.1" in sentences[2], sentences
+    # progressive: half way to the truth with each pass, or half way to grey.
+    for goal, verdict in ((lab.test_images, "helps: best after 10"), (torch.full_like(lab.test_images, 0.5), "does not help: best after ")):
+        lab.models = {autoencoder.DAE: [Answer(lambda x: (x + goal) / 2)]}
+        said, _, sentences = quiet(autoencoder.progressive, lab)[0]
+        assert sentences[0].startswith(f"Iteration {verdict}"), sentences
+        assert "does not help" in sentences[1]  # noise is never wanted by a straight line
+        if verdict.startswith("helps"):
+            close(said["pass 3"]["nothing added"]["mean"], said["input"]["nothing added"]["mean"] / 4**3, 1e-7)
+    # blind: universal only if it is as good as the best everywhere and better than nothing.
+    lab.noises["stripes"] = lambda images, *_: 1 - images
+    for model, verdict in ((truth, "Yes: it improves 6 of 6 inputs, and on 6"), (leave, "No: it improves 0 of 6 inputs, and on 0")):
+        lab.models = {autoencoder.MIXED: [model], **{kind: [Answer(lambda x: lab.test_images + 0.01)] for kind in autoencoder.SPECIALISTS}}
+        assert verdict in quiet(autoencoder.blind, lab)[0][2][1]
+
+
+def test_every_exercise_runs_at_a_tiny_size():
+    with folder() as root:
+        small_sets(root / "data")
+        line = f"--data glyphs --data-dir {root}/data --out {root}/out --json {root}/f.json --epochs 10 --seeds 2 --exercise"
+        code, out, err = run_main(autoencoder, f"{line} all")
+        assert code == 0 and "9 models x 2 seeds" in out, err
+        results = json.loads((root / "f.json").read_text())["exercises"]
+        assert list(results) == ["compare", "levels", "types", "features", "progressive", "blind"]
+        for name, result in results.items():
+            with Image.open(root / "out" / f"autoencoder-{name}.png") as picture:
+                assert min(picture.size) > 300 and picture.getextrema() == ((0, 255),) * 3
+            assert all(sentence in out for sentence in result["conclusions"])
+            for row in result["figures"].values():
+                for cell in row.values():
+                    assert len(cell["seeds"]) == 2 and np.isfinite(cell["seeds"]).all()
+        figures = {name: result["figures"] for name, result in results.items()}
+        # Even 20 steps beat doing nothing on heavy noise, and the same model has the same error wherever it is asked.
+        levels, types, compare = figures["levels"], figures["types"], figures["compare"]
+        assert levels["trained on gaussian 0.5"]["on gaussian 0.5"]["mean"] < levels["left alone"]["on gaussian 0.5"]["mean"]
+        assert (levels["trained on gaussian 0.3"]["on gaussian 0.3"] == types["trained on gaussian 0.3"]["on gaussian 0.3"]
+                == compare["gaussian 0.3"]["MSE DAE"] == figures["blind"]["gaussian 0.3"]["gaussian 0.3"])
+        # Noise makes reading digits harder, labels easier; three labels in ten digits would be chance.
+        pixels = {column: cell["mean"] for column, cell in figures["features"]["pixels"].items()}
+        assert pixels["256 clean"] > pixels["100 clean"] > 20 and pixels["256 clean"] > pixels["256 noisy"], pixels
+        assert 0 < figures["features"]["AE"]["mean |r|"]["mean"] < 100
+        # One exercise alone trains only what it needs, and finds the same.
+        code, out, err = run_main(autoencoder, f"{line} compare")
+        assert code == 0 and "2 models x 2 seeds" in out, err
+        assert json.loads((root / "f.json").read_text())["exercises"] == {"compare": results["compare"]}
+
+
+def test_the_lab_refuses_bad_input_in_one_line():
+    with folder() as root:
+        small_sets(root / "data", 16)
+        raw = root / "bad" / "MNIST" / "raw"
+        raw.mkdir(parents=True)
+        for name in ("images-idx3", "labels-idx1"):
+            (raw / f"train-{name}-ubyte").write_bytes(b"no numbers")
+        (root / "file").write_text("not a folder")
+        good = f"--exercise compare --epochs 1 --seeds 1 --data glyphs --data-dir {root}/data --out {root}/out"
+        for flags in ("--exercise nope", "--seeds 0", "--epochs 0", "--epochs x", "--data cifar10", "--data leaves", "--data imagenet",
+                      f"--data mnist --data-dir {root}/bad", f"--out {root}/file"):
+            code, out, err = run_main(autoencoder, f"{good} {flags}")
+            assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, (flags, code, err)
+        assert run_main(autoencoder, good)[0] == 0  # so it was the flags
+
+
 # ---------------------------------------------------------------------------------------------- whole programs
 
 
@@ -827,8 +1019,32 @@ def test_the_same_seed_gives_the_same_picture_in_a_new_process():
         figures = json.loads((root / "f.json").read_text())
         assert figures["data"] == "leaves" and figures["images"] == 6 and "kriging" in figures["methods"]
         Image.new("RGB", (50, 90), "red").save(root / "photo.jpg")
-        code, out, err = run_main(sample, f"--image {root}/photo.jpg --full --steps 2 --out {root}/out")
+        code, out, err = run_main(sample, f"--image {root}/photo.jpg --full --steps 2 --out {root}/out --export {root}/m.pt")
         assert code == 0 and "820 output" in out, err
+        with patched(sample, SHIPPED=root / "m.pt"):  # a model that comes with the code is used where there is no other
+            code, out, err = run_main(sample, f"--image {root}/photo.jpg --full --steps 2 --out {root}/elsewhere")
+        assert code == 0 and "m.pt" in out, err
+        alike = [(root / place / "nf" / "samples.png").read_bytes() for place in ("out", "elsewhere")]
+        assert alike[0] == alike[1]
+
+
+def test_samples_spread_is_measured_right():
+    """With an exact model of data ~ N(0, 0.25) that no input tells anything about, 90% of the truths are covered."""
+    sched = schedule.DiffusionSchedule(50)
+
+    def exact(x_t, output_coords, t, input_coords, input_values):
+        bar = sched.alphas_cumprod[t].view(-1, 1, 1)
+        return 0.25 * bar.sqrt() / (bar * 0.25 + 1 - bar) * x_t
+
+    images = (torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 0.5).clamp(-1, 1)
+    figures = sample.evaluate_samples(exact, sched, images, 32, num_steps=50, eta=1.0)
+    assert abs(figures["coverage"] - 0.9) < 0.03, figures
+    # In [0, 1] units the standard deviation is 1/4; the CRPS of a N(0, s^2) forecast of itself is s / sqrt(pi).
+    assert abs(figures["spread"] - 0.24) < 0.015 and abs(figures["crps"] - 0.25 / math.pi**0.5) < 0.01, figures
+    close(figures["psnr_mean"], -10 * math.log10(0.0625 * (1 + 1 / 32)), 0.3)
+    certain = sample.evaluate_samples(lambda x, *rest: 0 * x, sched, images, 4, num_steps=2)
+    assert certain["spread"] < 1e-6 and certain["coverage"] < 0.1
+    close(certain["crps"], (images.abs().mean() / 2).item(), 0.01)
 
 
 def test_bad_input_gets_one_line_and_exit_code_2():
@@ -849,7 +1065,8 @@ def test_bad_input_gets_one_line_and_exit_code_2():
                              (sample, f"--eta 2 {d}"), (sample, f"--scale 0 {d}"), (sample, f"--sampler ddpm --steps 5 {d}"),
                              (sample, f"--evaluate -3 {d}"), (schedule, f"--timesteps 0 --out {root}"), (noise, "--nope"),
                              (data, "--data imagenet"), (nf_denoiser, "--size huge"), (autoencoder, "--batch-size 0")):
-            code, out, err = run_main(module, line)
+            with patched(sample, SHIPPED=root / "none.pt"):
+                code, out, err = run_main(module, line)
             assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, (module.__name__, line, code, err)
         raises(ValueError, lambda: sample.load_photo(root / "photo.png", 32, 3), "photo.png")
 

@@ -37,9 +37,9 @@ from sample import load_checkpoint, report
 from schedule import DiffusionSchedule, line_chart
 
 RECIPES = {  # batch size, peak learning rate, decay of the weights' moving average, and how long: steps or epochs
-    "nf small": dict(batch_size=32, lr=5e-3, ema=0.998, steps=2500),
+    "nf small": dict(batch_size=32, lr=5e-3, ema=0.998, steps=2300),
     "nf full": dict(batch_size=64, lr=1e-4, ema=0.9999, epochs=100),
-    "ae": dict(batch_size=128, lr=1e-3, ema=0.998, epochs=10),
+    "ae": dict(batch_size=128, lr=3e-3, ema=0.998, epochs=10),
 }
 
 
