@@ -44,12 +44,13 @@ class FourierFeatures(nn.Module):
     image side), fixed once drawn, and saved with the weights.
     """
 
-    def __init__(self, num_feats, scale=4.0, coord_dim=2):
+    def __init__(self, num_feats, scale=4.0):
         super().__init__()
-        self.register_buffer("B", torch.randn(coord_dim, num_feats) * scale)
+        self.register_buffer("B", torch.randn(2, num_feats) * scale)
 
     def forward(self, coords):
-        angle = 2 * math.pi * coords @ self.B
+        # Not a matrix product: under bf16 autocast that would round the angles to a tenth of a turn.
+        angle = 2 * math.pi * (coords[..., :1] * self.B[0] + coords[..., 1:] * self.B[1])
         return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
 
@@ -258,7 +259,7 @@ class NFDenoiser(nn.Module):
         nn.init.normal_(self.perceiver.to_values.weight, std=0.01)  # begin close to the Gaussian field's answer
         if alphas_cumprod is None:
             t = torch.arange(1, 1001, dtype=torch.float64) / 1000
-            alphas_cumprod = torch.cos((t + 0.008) / 1.008 * math.pi / 2).square() / math.cos(0.008 / 1.008 * math.pi / 2) ** 2
+            alphas_cumprod = (torch.cos((t + 0.008) / 1.008 * math.pi / 2) / math.cos(0.008 / 1.008 * math.pi / 2)) ** 2
         self.register_buffer("alphas_cumprod", alphas_cumprod.float())
         # The lattice's covariance as a convolution kernel on a torus of twice the size, in Fourier space.
         steps = torch.arange(2 * side)
@@ -269,7 +270,8 @@ class NFDenoiser(nn.Module):
     def corners(self, coords):
         """The 4 lattice points around each coordinate (B, N, 2) and their bilinear shares: two lists of (B, N)."""
         position = coords * (self.side - 1)
-        position = torch.where((position - position.round()).abs() < 1e-4, position.round(), position)  # a pixel is one point
+        whole = position.round()  # a pixel is one point, also where 31 * (3 / 31) is not quite 3
+        position = torch.where((position - whole).abs() < 1e-4, whole, position)
         corner = position.floor().clamp(0, self.side - 2)
         x, y = (position - corner).unbind(-1)                                        # in [0, 1]
         column, row = corner.long().unbind(-1)

@@ -253,7 +253,7 @@ def print_table(results, title):
     print(title)
     print(f"{'':18}" + "".join(f"{heads[c]:>12}" for c in columns))
     for name, row in results.items():
-        print(f"{name.replace('_', ' '):18}" + "".join(f"{row[c]:12.2f}" if c == "psnr" else f"{row[c]:12.5f}" for c in columns))
+        print(f"{name.replace('_', ' '):18}" + "".join(f"{row[c]:12.{2 if c == 'psnr' else 5}f}" for c in columns))
 
 
 # ------------------------------------------------------------------------------------------------------ pictures
@@ -294,8 +294,9 @@ def draw_spread(model, schedule, images, keys, args, generator, most=16):
     rows = []
     for image, key in zip(images, keys):
         count = min(most, args.samples)
-        split, _, answers = reconstruct(model, schedule, image.expand(count, -1, -1, -1), key.expand(count, -1),
-                                        args.input_ratio[0], full=True, num_steps=args.steps, eta=args.eta, generator=generator)
+        many, keys = image.expand(count, -1, -1, -1), key.expand(count, -1)
+        split, _, answers = reconstruct(model, schedule, many, keys, args.input_ratio[0], full=True,
+                                        num_steps=args.steps, eta=args.eta, generator=generator)
         many, truth = (whole(split, answers["sample"]) + 1) / 2, (split["full_image"][0] + 1) / 2
         rows.append([*many[:3], many.mean(0), truth, heat(many.std(0), 0.25), heat(many.mean(0) - truth, 0.25)])
     return image_grid(rows, ["sample 1", "sample 2", "sample 3", "mean", "truth", "std. deviation", "error of mean"], zoom=3)
@@ -339,6 +340,14 @@ def load_checkpoint(path, device="cpu"):
         reason = str(problem).strip().split("\n")[0][:120]
         raise ValueError(f"{path} is not a checkpoint of train.py ({type(problem).__name__}: {reason})") from None
     return model.to(device).eval(), checkpoint
+
+
+def pick_device(name):
+    """torch.device(name), if this machine has it: ValueError if not."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as problem:
+        raise ValueError(f"--device {name} cannot be used: {str(problem).splitlines()[0]}") from None
 
 
 def load_photo(path, side, channels):
@@ -414,7 +423,7 @@ def animate(split, outputs, frames, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", nargs="?", type=Path, help="default: the newest checkpoint below --out, or the one that comes with the code")
+    parser.add_argument("checkpoint", nargs="?", type=Path, help="default: the newest below --out, or the shipped one")
     parser.add_argument("--sampler", choices=["ddim", "ddpm"], default="ddim")
     parser.add_argument("--steps", type=int, help="of DDIM (default 50); DDPM walks all timesteps")
     parser.add_argument("--eta", type=float, default=0.0, help="randomness of DDIM, 0 to 1")
@@ -435,6 +444,7 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.error = fail
     args = parser.parse_args()
+    args.device = pick_device(args.device)
     if args.sampler == "ddpm" and args.steps is not None:
         raise ValueError("--steps is for DDIM; DDPM walks all timesteps (--sampler ddim --eta 1 is DDPM in fewer steps)")
     args.steps = 50 if args.steps is None else args.steps
@@ -488,5 +498,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, RuntimeError) as problem:
+    except (ValueError, OSError) as problem:
         fail(problem)

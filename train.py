@@ -33,7 +33,7 @@ import noise as corruption
 from autoencoder import DenoisingAutoencoder
 from data import DATASETS, fail, fixed_keys, load_dataset, sparse_split
 from nf_denoiser import SIZES, NFDenoiser
-from sample import load_checkpoint, report
+from sample import load_checkpoint, pick_device, report
 from schedule import DiffusionSchedule, line_chart
 
 RECIPES = {  # batch size, peak learning rate, decay of the weights' moving average, and how long: steps or epochs
@@ -71,6 +71,8 @@ def save_checkpoint(path, checkpoint):
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except RuntimeError as problem:  # what torch.save makes of a full disk
+        raise OSError(f"cannot write {path}: {str(problem).splitlines()[0]}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -108,6 +110,7 @@ def parse_arguments():
     parser.add_argument("--evaluate", type=int, default=200, help="test images in the closing table of nf")
     parser.error = fail
     args = parser.parse_args()
+    pick_device(args.device)
     if args.size == "auto":
         args.size = "full" if args.device.startswith("cuda") else "small"
     recipe = RECIPES[f"nf {args.size}" if args.model == "nf" else "ae"]
@@ -118,6 +121,8 @@ def parse_arguments():
         args.steps, args.epochs = recipe.get("steps"), recipe.get("epochs")
     if args.model == "ae":
         args.noise = "none"
+    if args.noise_param is not None and (args.model != "dae" or args.noise == "mixed"):
+        raise ValueError("--noise-param is for --model dae with --noise gaussian, salt_pepper or masking")
     if args.noise_param is None and args.noise in corruption.NOISES:
         args.noise_param = corruption.NOISES[args.noise][1]
     for flag, least in (("batch_size", 1), ("steps", 1), ("epochs", 1), ("timesteps", 1), ("save_every", 1), ("evaluate", 1), ("seed", 0)):
