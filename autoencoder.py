@@ -170,7 +170,8 @@ def matrix(lab, kinds):
     said = table("MSE on the test images", [*rows, "left alone"], [f"on {name}" for name in names], figures)
     mse = figures[:-1].mean(-1)
     excess = 100 * (mse / mse.min(0).values - 1)  # in % of the best model for that noise
-    picture = lab.image_grid([[lab.heat(e.expand(1, 28, 28), limit=100) for e in line] for line in excess],
+    shade = (1 + excess / 10).log()  # so that both 5% and 500% can be told from 0
+    picture = lab.image_grid([[lab.heat(e.expand(1, 28, 28), 1.2 * shade.max() + 0.01) for e in line] for line in shade],
                              [f"on {name}" for name in names], rows,
                              [[f"{m:.4f} +{e:.0f}%" for m, e in zip(*line)] for line in zip(mse, excess)])
     best, away = mse.argmin(0).tolist(), (excess.sum(1) - excess.diag()) / (len(kinds) - 1)
@@ -420,3 +421,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as problem:
         fail(problem)
+    except KeyboardInterrupt:
+        raise SystemExit(130)

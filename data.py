@@ -293,7 +293,8 @@ def load_built_in(name, root, train):
     return images, labels
 
 
-DATASETS = ["auto", "cifar10", "mnist", "leaves", "glyphs"]
+STAND_IN = {"cifar10": "leaves", "mnist": "glyphs"}
+DATASETS = ["auto", *STAND_IN, *BUILT_IN]
 
 
 def load_dataset(name, root, train, real="cifar10"):
@@ -307,7 +308,7 @@ def load_dataset(name, root, train, real="cifar10"):
         try:
             return real, *loaders[real](root, train)
         except Unavailable as problem:
-            name = {"cifar10": "leaves", "mnist": "glyphs"}[real]
+            name = STAND_IN[real]
             print(f"*** NO {real.upper()}: {problem}")
             print(f"*** USING THE BUILT-IN SET '{name}' INSTEAD: its figures are not {real} figures (--data {real} insists)")
     if name in BUILT_IN:
@@ -315,8 +316,7 @@ def load_dataset(name, root, train, real="cifar10"):
     try:
         return name, *loaders[name](root, train)
     except Unavailable as problem:
-        stand_in = {"cifar10": "leaves", "mnist": "glyphs"}[name]
-        raise Unavailable(f"{problem}; put the files below {root}, or use --data {stand_in}") from None
+        raise Unavailable(f"{problem}; put the files below {root}, or use --data {STAND_IN[name]}") from None
 
 
 # ---------------------------------------------------------------------------------------------------- sparse pixels
@@ -329,7 +329,8 @@ def fixed_keys(seed, indices, num_pixels):
     SplitMix64 (Steele et al., OOPSLA 2014), in int64 arithmetic that wraps around.
     """
     pixel = torch.arange(num_pixels, device=indices.device)
-    x = seed * 0x9E3779B97F4A7 + indices[:, None] * 0x2545F4914F6CDD1D + pixel * 0x1B873593CC9E2D51
+    start = (seed * 0x9E3779B97F4A7 + 2**63) % 2**64 - 2**63
+    x = start + indices[:, None] * 0x2545F4914F6CDD1D + pixel * 0x1B873593CC9E2D51
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
         x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor  # the mask makes the shift unsigned
     return x
@@ -340,7 +341,8 @@ def sparse_split(images, input_ratio=0.2, output_ratio=0.2, generator=None, keys
 
     images: (B, C, H, W), uint8 (becomes [-1, 1]) or float (taken as it is). input_ratio, output_ratio: shares of the
     pixels, int(H * W * ratio) of them; output_ratio None takes all that are not input. The pixels with the lowest
-    keys (B, H * W) are the input, the next the output; without keys they are drawn with `generator`, fresh each time.
+    keys (B, H * W) are the input, the next the output; without keys they are drawn with `generator` (on the images'
+    device), fresh each time.
 
     Returns a dict of input_coords (B, N_in, 2), input_values (B, N_in, C), output_coords (B, N_out, 2), output_values
     (B, N_out, C), input_indices (B, N_in), output_indices (B, N_out), full_image (B, C, H, W); a coordinate is
@@ -417,10 +419,11 @@ def main():
     args = parser.parse_args()
 
     name, images, labels = load_dataset(args.data, args.data_dir, train=False)
-    split = sparse_split(images[:8], keys=fixed_keys(args.seed, torch.arange(8), images[0, 0].numel()))
-    shape, grey = split["full_image"].shape, 0.0
-    given = scatter_pixels(split["input_indices"], split["input_values"], shape, grey)
-    asked = scatter_pixels(split["output_indices"], split["output_values"], shape, grey)
+    few = images[:8]
+    split = sparse_split(few, keys=fixed_keys(args.seed, torch.arange(len(few)), few[0, 0].numel()))
+    shape = split["full_image"].shape
+    given = scatter_pixels(split["input_indices"], split["input_values"], shape)
+    asked = scatter_pixels(split["output_indices"], split["output_values"], shape)
     both = scatter_pixels(split["output_indices"], split["output_values"], shape, given)
     rows = [list((kind + 1) / 2) for kind in (split["full_image"], given, asked, both)]
     grid = image_grid(rows, row_labels=["image", "input pixels", "output pixels", "both"])
@@ -443,3 +446,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as problem:
         fail(problem)
+    except KeyboardInterrupt:
+        raise SystemExit(130)

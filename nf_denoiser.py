@@ -114,7 +114,7 @@ class Block(nn.Module):
 class PerceiverIO(nn.Module):
     """A set of (coordinate, value) pairs in, values at any coordinates out. Perceiver IO, figure 2.
 
-    Cost grows with num_latents * (N_in + N_out), never with N_in * N_out.
+    Attention costs num_latents * (N_in + N_out), not N_in * N_out.
     Raises ValueError where latent_dim is not a multiple of num_heads.
     """
 
@@ -212,7 +212,7 @@ class GaussianField:
         surprise = bar.sqrt() * (x_t[skip:] - bar.sqrt() * self.kriging[skip:])
         noise = ((1 - bar) / self.variance[skip:]).clamp(min=1e-4)                   # (B, 1, 1)
         if self.eigen:
-            half, given, (values, vectors) = self.half, self.given, self.eigen
+            half, given, values, vectors = (x[skip:] for x in (self.half, self.given, *self.eigen))
             output_weights = vectors @ ((vectors.mT @ surprise) / (bar * values[..., None].clamp(min=0) + noise))
         else:
             half, given = self.outputs_given_inputs(skip)
@@ -237,7 +237,9 @@ class NFDenoiser(nn.Module):
     stencil: odd side of the square of lattice points around an output pixel at which it sees the field's mean;
     stencil_dim: width of the MLP that reads them.
     side: of the lattice on which that mean is laid out, the training images' height and width.
-    alphas_cumprod: (T,), the schedule that x_t comes from; None is the cosine schedule with T = 1000.
+    alphas_cumprod: (T,), the schedule that x_t comes from; None is the cosine schedule with T = 1000, unclipped.
+    The GaussianField inside costs N_in^3 + N_out^3 an image: fine for hundreds of pixels, not for tens of thousands.
+    Raises ValueError for an even stencil, different channels in and out, or as PerceiverIO does.
     """
 
     def __init__(self, input_channels=3, output_channels=3, num_latents=512, latent_dim=512, num_fourier_feats=256,
@@ -292,11 +294,12 @@ class NFDenoiser(nn.Module):
         first_row = torch.arange(len(image), device=image.device)[:, None, None, None] * n
         seen = 0
         for (column, row), share in zip(*self.corners(coords)):
-            if share.is_cuda or share.any():  # for the pixels of an image one corner has all (on a GPU, asking costs more)
+            # For the pixels of an image one corner has all; on a GPU, asking would cost more than adding zeros.
+            if share.is_cuda or share.any() or not share.numel():
                 rows = (row[..., None] + offset).clamp(0, n - 1)[..., :, None]       # (B, N, K, 1)
                 columns = (column[..., None] + offset).clamp(0, n - 1)[..., None, :]
                 index = (first_row + rows) * n + columns                             # (B, N, K, K)
-                part = pixels.index_select(0, index.flatten()).view(*index.shape[:2], -1, image.shape[-1])
+                part = pixels.index_select(0, index.flatten()).view(*index.shape[:2], len(offset) ** 2, image.shape[-1])
                 seen = seen + share[..., None, None] * part
         return seen
 
@@ -367,13 +370,14 @@ def parameters_and_flops(model, work):
 
 def seconds(work, device, at_least=1.0):
     """Mean seconds that work() takes, after one call to warm up."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
     work()
+    wait()
     start, rounds = time.perf_counter(), 0
     while time.perf_counter() - start < at_least:
         work()
+        wait()
         rounds += 1
-        if device.type == "cuda":
-            torch.cuda.synchronize()
     return (time.perf_counter() - start) / rounds
 
 
@@ -387,7 +391,10 @@ def main():
     batch = (32 if args.size == "small" else 4) if args.batch_size is None else args.batch_size
     if batch < 1:
         raise ValueError(f"--batch-size must be at least 1, got {batch}")
-    device = torch.device(args.device)
+    try:
+        device = torch.empty(0, device=args.device).device
+    except (RuntimeError, AssertionError) as problem:
+        raise ValueError(f"--device {args.device} cannot be used: {str(problem).splitlines()[0]}") from None
 
     torch.manual_seed(0)
     model = NFDenoiser(**SIZES[args.size]).to(device)

@@ -6,7 +6,7 @@ Masking           a pixel becomes 0 with probability prob
 Mixed             every image gets one of the three, at a random strength ("blind" denoising)
 
 A denoising autoencoder learns to undo them: the spoilt image goes in, and the loss compares what comes out with the
-clean one. After Vincent et al., "Stacked Denoising Autoencoders" (JMLR 2010), sections 3.1 and 3.3.
+clean one. After Vincent et al., "Stacked Denoising Autoencoders" (JMLR 2010), section 3.3.
 
     python noise.py                 # a gallery, noise kinds down, strengths across: out/noise.png
 
@@ -46,7 +46,7 @@ def add_salt_pepper_noise(images, noise_prob=0.2, generator=None):
 
 
 def add_masking_noise(images, mask_prob=0.3, generator=None):
-    """Set a pixel to 0 with probability mask_prob. Vincent et al. (2010), section 3.1.
+    """Set a pixel to 0 with probability mask_prob. Vincent et al. (2010), section 3.3.
 
     Shapes, ranges and errors as in add_salt_pepper_noise.
     """

@@ -112,7 +112,7 @@ def inverse_distance(output_coords, input_coords, input_values, power=4):
 
 def psnr(mse):
     """Peak signal-to-noise ratio in dB of a mean squared error of values in [0, 1]; infinite for 0."""
-    return -10 * math.log10(mse) if mse > 0 else math.inf
+    return math.inf if mse == 0 else -10 * math.log10(mse)
 
 
 def ssim(a, b):
@@ -123,6 +123,7 @@ def ssim(a, b):
     """
     if a.shape != b.shape or min(a.shape[-2:]) < 11:
         raise ValueError(f"SSIM wants two batches of the same shape, 11 x 11 at least: {tuple(a.shape)}, {tuple(b.shape)}")
+    a, b = a.double(), b.double()  # a variance is a small difference of large numbers
     window = torch.exp(-((torch.arange(11, device=a.device, dtype=a.dtype) - 5) ** 2) / (2 * 1.5**2))
     window = window / window.sum()
     channels = a.shape[1]
@@ -150,8 +151,8 @@ def reconstruct(model, schedule, images, keys, input_ratio=0.2, output_ratio=0.2
     them, from the first, are the output pixels that count (all if full); and {method: (B, N, C)} for all of them. A
     sample is drawn jointly for the output pixels; what is left of the image is the one-step mean given input and sample.
     """
-    outputs = sparse_split(images[:1], input_ratio, None if full else output_ratio, keys=keys[:1])["output_indices"].shape[1]
-    split = sparse_split(images, input_ratio, None, keys=keys)
+    asked = sparse_split(images[:1], input_ratio, None if full else output_ratio, keys=keys[:1])  # checks the ratios
+    outputs, split = asked["output_indices"].shape[1], sparse_split(images, input_ratio, None, keys=keys)
     given, coords = (split["input_coords"], split["input_values"]), split["output_coords"]
     asked, rest = coords[:, :outputs], coords[:, outputs:]
     if sampler == "ddim":
@@ -195,10 +196,10 @@ def evaluate_field(model, schedule, images, seed=0, batch=100, **options):
 def evaluate_samples(model, schedule, images, count, seed=0, input_ratio=0.2, num_steps=50, eta=0.0):
     """Is the spread of `count` DDIM samples an honest statement of doubt? images uint8 (N, C, H, W).
 
-    Returns coverage, the share of output values within the samples' central 90% (so it should be 0.9, up to the finite
-    count); spread, the samples' mean standard deviation; crps, the continuous ranked probability score
-    mean |x - y| - mean |x - x'| / 2 (Gneiting & Raftery, 2007, eq. 21); psnr_mean, of the mean of the samples, for
-    values in [0, 1].
+    Returns coverage, the share of output values within the samples' central 90% (of perfect samples 0.9; for a count of
+    32 that is 29 / 33 = 0.88); spread, the samples' mean standard deviation; crps, the continuous ranked probability
+    score mean |x - y| - mean |x - x'| / 2 (Gneiting & Raftery, 2007, eq. 21); psnr_mean, of the mean of the samples; all
+    for values in [0, 1].
     """
     generator, sums = torch.Generator().manual_seed(seed), torch.zeros(4, dtype=torch.float64)
     for i, image in enumerate(images):
@@ -274,7 +275,7 @@ def draw_field(split, answers):
     rows = [[*((image[i] + 1) / 2 for image in (dots, *images, truth)), error[i]] for i in range(len(truth))]
     captions = [["", *(f"{psnr((image[i] - truth[i]).square().mean().item() / 4):.1f} dB" for image in images), "",
                  "white: 0.5"] for i in range(len(truth))]
-    return image_grid(rows, ["input pixels", "kriging", "one-step mean", "sample", "truth", "abs. error"], captions=captions)
+    return image_grid(rows, ["input pixels", "kriging", "one-step mean", "sample", "truth", "error of mean"], captions=captions)
 
 
 def draw_autoencoder(model, images, seed):
@@ -294,12 +295,13 @@ def draw_spread(model, schedule, images, keys, args, generator, most=16):
     rows = []
     for image, key in zip(images, keys):
         count = min(most, args.samples)
-        many, keys = image.expand(count, -1, -1, -1), key.expand(count, -1)
-        split, _, answers = reconstruct(model, schedule, many, keys, args.input_ratio[0], full=True,
+        copies = image.expand(count, -1, -1, -1), key.expand(count, -1)
+        split, _, answers = reconstruct(model, schedule, *copies, args.input_ratio[0], full=True,
                                         num_steps=args.steps, eta=args.eta, generator=generator)
         many, truth = (whole(split, answers["sample"]) + 1) / 2, (split["full_image"][0] + 1) / 2
         rows.append([*many[:3], many.mean(0), truth, heat(many.std(0), 0.25), heat(many.mean(0) - truth, 0.25)])
-    return image_grid(rows, ["sample 1", "sample 2", "sample 3", "mean", "truth", "std. deviation", "error of mean"], zoom=3)
+    samples = [f"sample {i + 1}" for i in range(min(3, args.samples))]
+    return image_grid(rows, [*samples, "mean", "truth", "std. deviation", "error of mean"], zoom=3)
 
 
 @torch.no_grad()
@@ -312,7 +314,8 @@ def draw_fine(model, schedule, split, scale, generator):
     # In random order, so that each chunk is spread over the image like the outputs of training.
     shuffled = torch.randperm(height * width, generator=torch.Generator().manual_seed(0)).to(truth.device)
     coords, back = grid[:, shuffled].expand(len(truth), -1, -1), shuffled.argsort()
-    fields = [kriging(coords, *given), one_step_mean(model, schedule, coords, *given, generator)]
+    smooth_field = torch.cat([kriging(part, *given) for part in coords.split(4096, dim=1)], dim=1)
+    fields = [smooth_field, one_step_mean(model, schedule, coords, *given, generator)]
     fields = [(f.clamp(-1, 1)[:, back] + 1).mT.unflatten(-1, (height, width)) / 2 for f in fields]
     dots = (scatter_pixels(split["input_indices"], split["input_values"], truth.shape) + 1) / 2
     dots = F.interpolate(dots, scale_factor=scale)
@@ -331,8 +334,9 @@ def load_checkpoint(path, device="cpu"):
     """
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-        kind = checkpoint["kind"]
-        model = (NFDenoiser if kind == "nf" else DenoisingAutoencoder)(**checkpoint["config"])
+        kind, _, _, _ = (checkpoint[key] for key in ("kind", "step", "data", "schedule"))
+        schedule = dict(alphas_cumprod=checkpoint["ema"]["alphas_cumprod"]) if kind == "nf" else {}
+        model = (NFDenoiser if kind == "nf" else DenoisingAutoencoder)(**checkpoint["config"], **schedule)
         model.load_state_dict(checkpoint["ema"])
     except OSError:
         raise
@@ -410,6 +414,12 @@ def report(model, checkpoint, images, folder, args, name):
     return results
 
 
+def write_json(path, figures):
+    """Figures as JSON, which knows no infinity (the PSNR of a perfect answer): null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(json.loads(json.dumps(figures), parse_constant=lambda _: None), indent=1) + "\n")
+
+
 def animate(split, outputs, frames, path):
     """The field while it is denoised: x_t above, the prediction x_0_hat below, input pixels always in place."""
     shape, pictures = split["full_image"].shape, []
@@ -447,10 +457,10 @@ def main():
     args.device = pick_device(args.device)
     if args.sampler == "ddpm" and args.steps is not None:
         raise ValueError("--steps is for DDIM; DDPM walks all timesteps (--sampler ddim --eta 1 is DDPM in fewer steps)")
-    args.steps = 50 if args.steps is None else args.steps
     for flag, value, good, want in (("--eta", args.eta, 0 <= args.eta <= 1, "between 0 and 1"),
                                     ("--scale", args.scale, 1 <= args.scale <= 16, "between 1 and 16"),
                                     ("--samples", args.samples, args.samples is None or args.samples >= 2, "at least 2"),
+                                    ("--seed", args.seed, 0 <= args.seed < 2**31, "between 0 and 2147483647"),
                                     ("--evaluate", args.evaluate, args.evaluate in (None, -1) or args.evaluate > 0, "at least 1")):
         if not good:
             raise ValueError(f"{flag} must be {want}, got {value}")
@@ -464,8 +474,13 @@ def main():
     model, checkpoint = load_checkpoint(path, args.device)
     kind = checkpoint["kind"]
     print(f"{path}: {kind}, {checkpoint['step']:,} steps on {checkpoint['data']}")
-    if kind != "nf" and (args.full or args.gif or args.scale > 1):
-        raise ValueError(f"--full, --gif and --scale are for the neural field, and {path} is an autoencoder")
+    extras = args.gif or args.scale > 1 or args.samples
+    if kind != "nf" and (args.full or extras):
+        raise ValueError(f"--full, --gif, --scale and --samples are for the neural field, and {path} is an autoencoder")
+    if extras and len(args.input_ratio) > 1 or args.samples and args.sampler == "ddpm":
+        raise ValueError("--gif, --scale and --samples want one --input-ratio, and --samples the DDIM sampler")
+    if args.steps is None:
+        args.steps = min(50, checkpoint["schedule"].get("timesteps", 50))
 
     if args.export:
         args.export.parent.mkdir(parents=True, exist_ok=True)
@@ -477,7 +492,7 @@ def main():
     if args.image:
         name, images = args.image.name, load_photo(args.image, side, channels)
     else:
-        name, images, _ = load_dataset(args.data or ("auto" if path == SHIPPED else checkpoint["data"]), args.data_dir,
+        name, images, _ = load_dataset(args.data or ("auto" if path.resolve() == SHIPPED else checkpoint["data"]), args.data_dir,
                                        train=False, real="cifar10" if kind == "nf" else "mnist")
         if images.shape[1:] != (channels, side, side):
             raise ValueError(f"{path} wants images of {channels} x {side} x {side}, and {name} has {tuple(images.shape[1:])}")
@@ -488,9 +503,9 @@ def main():
         images = images[:count]
     results = report(model, checkpoint, images.to(args.device), args.out / kind, args, name)
     if args.json:
-        figures = {"checkpoint": str(path), "data": name, "images": len(images), "seed": args.seed, "methods": results}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+        figures = {"checkpoint": str(path), "data": name, "images": len(images), "seed": args.seed,
+                   "samples": results.pop("samples", None), "methods": results}
+        write_json(args.json, figures)
         print(f"figures: {args.json}")
     print(f"{time.time() - start:.0f} s on {args.device}")
 
@@ -500,3 +515,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as problem:
         fail(problem)
+    except KeyboardInterrupt:
+        raise SystemExit(130)

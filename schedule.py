@@ -55,7 +55,7 @@ class DiffusionSchedule:
 
     Every constant is a float32 tensor (T,), worked out in float64. A timestep `t` is an int or an int64 tensor (B,)
     with one entry per item of the batch; x_0, x_t and noise are (B, ...) of any further shape.
-    Raises ValueError for timesteps < 1 or an unknown beta_schedule; a t outside -1..T-1 is an IndexError.
+    Raises ValueError for timesteps < 1 or an unknown beta_schedule, IndexError for an int t outside -1..T-1.
     """
 
     def __init__(self, timesteps=1000, beta_schedule="cosine"):
@@ -99,6 +99,8 @@ class DiffusionSchedule:
 
     def _log_at(self, t, like):
         """log(alpha_bar_t), shaped to multiply `like`: () for an int t, (B, 1, ..., 1) for a tensor t."""
+        if isinstance(t, int) and not -1 <= t < self.num_timesteps:
+            raise IndexError(f"timestep {t} is outside -1 to {self.num_timesteps - 1}")
         value = self._log_alpha_bar[t + 1]
         return value if value.dim() == 0 else value.view(-1, *[1] * (like.dim() - 1))
 

@@ -13,12 +13,11 @@ One loop for all three: take clean images, corrupt them, compare what the model 
     ae     loss = mean (g(f(x)) - x)^2
 
 Whatever is random in step n is drawn from a generator seeded with (seed, n): nothing but the step number is needed to
-go on with a stopped run exactly. Below out/MODEL: checkpoint.pt, loss.csv, loss.png, samples.png and results.json.
+go on with a stopped run, on a CPU bit for bit. Below out/MODEL: checkpoint.pt, loss.csv, loss.png, samples.png and results.json.
 """
 import argparse
 import copy
 import csv
-import json
 import math
 import os
 import signal
@@ -33,7 +32,7 @@ import noise as corruption
 from autoencoder import DenoisingAutoencoder
 from data import DATASETS, fail, fixed_keys, load_dataset, sparse_split
 from nf_denoiser import SIZES, NFDenoiser
-from sample import load_checkpoint, pick_device, report
+from sample import load_checkpoint, pick_device, report, write_json
 from schedule import DiffusionSchedule, line_chart
 
 RECIPES = {  # batch size, peak learning rate, decay of the weights' moving average, and how long: steps or epochs
@@ -94,8 +93,9 @@ def parse_arguments():
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for everything that is written")
     parser.add_argument("--noise", choices=[*corruption.NOISES, "mixed"], default="gaussian", help="for dae")
     parser.add_argument("--noise-param", type=float, help="its strength (default 0.3, salt_pepper 0.2)")
-    parser.add_argument("--steps", type=int, help="how many batches to train on")
-    parser.add_argument("--epochs", type=int, help="or how many times through the data")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, help="how many batches to train on")
+    length.add_argument("--epochs", type=int, help="or how many times through the data")
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--lr", type=float, help="peak learning rate")
     parser.add_argument("--ema", type=float, help="decay of the moving average of the weights")
@@ -110,9 +110,9 @@ def parse_arguments():
     parser.add_argument("--evaluate", type=int, default=200, help="test images in the closing table of nf")
     parser.error = fail
     args = parser.parse_args()
-    pick_device(args.device)
+    args.device = pick_device(args.device)
     if args.size == "auto":
-        args.size = "full" if args.device.startswith("cuda") else "small"
+        args.size = "full" if args.device.type == "cuda" else "small"
     recipe = RECIPES[f"nf {args.size}" if args.model == "nf" else "ae"]
     for name in ("batch_size", "lr", "ema"):
         if getattr(args, name) is None:
@@ -129,6 +129,8 @@ def parse_arguments():
         value = getattr(args, flag)
         if value is not None and value < least:
             raise ValueError(f"--{flag.replace('_', '-')} must be at least {least}, got {value}")
+    if args.seed >= 2**31:
+        raise ValueError(f"--seed must be below 2147483648, got {args.seed}")
     if not 0 < args.lr < math.inf or not 0 <= args.ema < 1:
         raise ValueError(f"--lr must be above 0 and --ema between 0 and 1, got {args.lr} and {args.ema}")
     return args
@@ -136,12 +138,15 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
-    device, folder = torch.device(args.device), args.out / args.model
+    device, folder = args.device, args.out / args.model
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     path = folder / "checkpoint.pt"
 
     # Data: the whole training set as one uint8 tensor on the device; a batch is an index into it.
     real = "cifar10" if args.model == "nf" else "mnist"
     name, images, _ = load_dataset(args.data, args.data_dir, train=True, real=real)
+    test_images = load_dataset(name, args.data_dir, train=False)[1]  # now, so that nothing is missing in the end
     images = images.to(device)
     if args.batch_size > len(images):
         raise ValueError(f"--batch-size {args.batch_size} is more than the {len(images):,} images of {name}")
@@ -153,9 +158,11 @@ def main():
     channels, side = images.shape[1], images.shape[2]
     schedule, settings = DiffusionSchedule(args.timesteps, args.beta_schedule), {}
     if args.model == "nf":
+        if schedule.alphas_cumprod[-1] > 1e-3:
+            raise ValueError(f"{args.timesteps} timesteps of the {args.beta_schedule} schedule do not end in pure noise "
+                             f"(alpha_bar = {schedule.alphas_cumprod[-1]:.3g}): take more of them, or the cosine schedule")
         config = dict(SIZES[args.size], input_channels=channels, output_channels=channels, side=side)
-        model = NFDenoiser(**config)
-        model.alphas_cumprod = schedule.alphas_cumprod.clone()
+        model = NFDenoiser(**config, alphas_cumprod=schedule.alphas_cumprod)
         settings = dict(timesteps=args.timesteps, beta_schedule=args.beta_schedule)
     else:
         if images[0].numel() != 784:
@@ -174,10 +181,12 @@ def main():
         if not path.exists():
             raise ValueError(f"nothing to resume: there is no {path}")
         _, checkpoint = load_checkpoint(path, device)
-        changed = [f"{key} {checkpoint['identity'].get(key)} -> {value}" for key, value in identity.items()
-                   if checkpoint["identity"].get(key) != value]
+        changed = [f"{key} {checkpoint.get('identity', {}).get(key)} -> {value}" for key, value in identity.items()
+                   if checkpoint.get("identity", {}).get(key) != value]
         if changed:
             raise ValueError(f"{path} was trained with other settings ({', '.join(changed)}): use those, or another --out")
+        if "optimizer" not in checkpoint:
+            raise ValueError(f"{path} was exported for sampling: it cannot be resumed")
         model.load_state_dict(checkpoint["model"])
         ema.load_state_dict(checkpoint["ema"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -239,12 +248,13 @@ def main():
         last = done == steps or stopping
         if last or done % args.save_every == 0 or now - shown > (0.5 if sys.stdout.isatty() else 15):
             recent = losses[max(0, done - 100):done].mean().item()
-            if not math.isfinite(recent):
-                raise ValueError(f"the loss is no longer finite at step {done:,}: try a lower --lr; "
+            if not (math.isfinite(recent) and all(w.sum().isfinite() for w in weights)):
+                raise ValueError(f"the loss or a weight is no longer finite at step {done:,}: try a lower --lr; "
                                  + (f"the checkpoint of an earlier step is in {path}" if path.exists() else "nothing was saved"))
             rate = (done - first) / (now - start)
-            print(f"{chr(13) if sys.stdout.isatty() else ''}step {done:,} of {steps:,}  loss {recent:.5f}  "
-                  f"{rate * args.batch_size:,.0f} images/s  {(steps - done) / rate:.0f} s left ",
+            line = (f"step {done:,} of {steps:,}  loss {recent:.5f}  {rate * args.batch_size:,.0f} images/s  "
+                    f"{(steps - done) / rate:.0f} s left")
+            print(f"{chr(13)}{line:79}" if sys.stdout.isatty() else line,
                   end="\n" if last or not sys.stdout.isatty() else "", flush=True)
             shown = now
             if last or done % args.save_every == 0:
@@ -255,10 +265,10 @@ def main():
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     print(f"trained in {time.time() - start:.0f} s; checkpoint: {path}")
-    finish(args, ema, losses.tolist(), folder, path, name)
+    finish(args, ema, settings, losses.tolist(), test_images, folder, name)
 
 
-def finish(args, ema, losses, folder, path, name):
+def finish(args, ema, settings, losses, images, folder, name):
     """Loss curve, table of results and pictures."""
     with open(folder / "loss.csv", "w", newline="") as file:
         csv.writer(file).writerows([("step", "loss"), *((i + 1, f"{loss:.6g}") for i, loss in enumerate(losses))])
@@ -268,14 +278,13 @@ def finish(args, ema, losses, folder, path, name):
     line_chart(f"{args.model} on {name}: training loss", {"loss": ([i + width for i in starts], smooth)}, log_y=True).save(folder / "loss.png")
     print(f"loss curve: {folder / 'loss.png'}, {folder / 'loss.csv'}")
 
-    _, images, _ = load_dataset(name, args.data_dir, train=False)
     if args.model == "nf":
         images = images[:args.evaluate]
     options = argparse.Namespace(seed=0, input_ratio=[0.2], full=False, sampler="ddim", steps=min(50, args.timesteps),
                                  eta=0.0, samples=None, scale=1, gif=False)
-    checkpoint = load_checkpoint(path)[1]
+    checkpoint = dict(kind=args.model, schedule=settings)
     results = report(ema, checkpoint, images.to(args.device), folder, options, name)
-    (folder / "results.json").write_text(json.dumps(dict(data=name, images=len(images), methods=results), indent=1) + "\n")
+    write_json(folder / "results.json", dict(data=name, images=len(images), methods=results))
 
 
 if __name__ == "__main__":
@@ -283,3 +292,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as problem:
         fail(problem)
+    except KeyboardInterrupt:
+        raise SystemExit(130)
