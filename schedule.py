@@ -160,7 +160,7 @@ COLOURS = ["#1f6fb4", "#d1481f", "#2b9348", "#8a4fbf", "#b8860b", "#555555"]
 def line_chart(title, curves, size=(460, 320), log_y=False):
     """A line chart as a PIL image. curves: {label: (xs, ys)} with sequences of finite numbers; log_y wants ys > 0."""
     width, height = size
-    left, right, top, bottom = 62, 12, 30, 30
+    left, right, top, bottom = 62, 24, 30, 30
     image = Image.new("RGB", size, "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=12)
     scale = (lambda y: math.log10(max(y, 1e-12))) if log_y else float
@@ -177,7 +177,8 @@ def line_chart(title, curves, size=(460, 320), log_y=False):
     for i in range(5):
         x, y = x_low + i / 4 * x_span, y_low + i / 4 * y_span
         draw.line([place(x_low, y), place(x_high, y)], fill="#e4e4e4")
-        draw.text((left - 6, place(x_low, y)[1]), f"{10**y if log_y else y:.3g}", fill="#444", font=font, anchor="rm")
+        value = 10**y if log_y else y if abs(y) > 1e-4 * y_span else 0
+        draw.text((left - 6, place(x_low, y)[1]), f"{value:.3g}", fill="#444", font=font, anchor="rm")
         draw.text((place(x, y_low)[0], height - bottom + 6), f"{x:.4g}", fill="#444", font=font, anchor="ma")
     for i, (label, (curve_x, curve_y)) in enumerate(curves.items()):
         colour = COLOURS[i % len(COLOURS)]
