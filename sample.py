@@ -427,7 +427,7 @@ def animate(split, outputs, frames, path):
     for t, x_t, x_0 in frames[::max(1, len(frames) // 50)] + [frames[-1]] * 10:
         rows = [list(scatter_pixels(split["output_indices"][:, :outputs], v.clamp(-1, 1), shape, given) / 2 + 0.5)
                 for v in (x_t, x_0)]
-        pictures.append(image_grid(rows, row_labels=[f"x_t, t = {t}", "prediction"]))
+        pictures.append(image_grid(rows, [f"t = {t}"], ["x_t", "prediction"]))
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=100, loop=0)
 
 
