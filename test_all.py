@@ -1096,7 +1096,7 @@ def test_bad_input_gets_one_line_and_exit_code_2():
                              (train, f"--timesteps 0 {d}"), (train, f"--device warp {d}"), (nf_denoiser, "--device warp"),
                              (train, f"--steps 5 --epochs 5 {d}"), (train, f"--data leaves --beta-schedule linear --timesteps 50 {d}"),
                              (sample, f"--device warp {d}"),
-                             (train, f"--model ae --noise-param 0.2 {d}"), (train, f"--seed -1 {d}"), (train, f"--ema 1.5 {d}"),
+                             (train, f"--model ae --noise-param 0.2 {d}"), (train, f"--model nf --noise masking {d}"), (train, f"--seed -1 {d}"), (train, f"--ema 1.5 {d}"),
                              (sample, f"{root}/junk.pt {d}"), (sample, f"{root}/empty.pt {d}"), (sample, f"{root}/odd.pt {d}"),
                              (sample, f"{root}/list.pt {d}"), (sample, f"{root}/none.pt {d}"), (sample, d),
                              (sample, f"--eta 2 {d}"), (sample, f"--scale 0 {d}"), (sample, f"--sampler ddpm --steps 5 {d}"),

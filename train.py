@@ -91,7 +91,7 @@ def parse_arguments():
     parser.add_argument("--data", choices=DATASETS, default="auto")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where data sets are, or are put")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for everything that is written")
-    parser.add_argument("--noise", choices=[*corruption.NOISES, "mixed"], default="gaussian", help="for dae")
+    parser.add_argument("--noise", choices=[*corruption.NOISES, "mixed"], help="for dae (default gaussian)")
     parser.add_argument("--noise-param", type=float, help="its strength (default 0.3, salt_pepper 0.2)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help="how many batches to train on")
@@ -119,8 +119,9 @@ def parse_arguments():
             setattr(args, name, recipe[name])
     if args.steps is None and args.epochs is None:
         args.steps, args.epochs = recipe.get("steps"), recipe.get("epochs")
-    if args.model == "ae":
-        args.noise = "none"
+    if args.noise and args.model != "dae":
+        raise ValueError(f"--noise is for --model dae; {args.model} has no use for it")
+    args.noise = args.noise or ("gaussian" if args.model == "dae" else "none")
     if args.noise_param is not None and (args.model != "dae" or args.noise == "mixed"):
         raise ValueError("--noise-param is for --model dae with --noise gaussian, salt_pepper or masking")
     if args.noise_param is None and args.noise in corruption.NOISES:
@@ -249,6 +250,7 @@ def main():
         if last or done % args.save_every == 0 or now - shown > (0.5 if sys.stdout.isatty() else 15):
             recent = losses[max(0, done - 100):done].mean().item()
             if not (math.isfinite(recent) and all(w.sum().isfinite() for w in weights)):
+                print(end="\n" if sys.stdout.isatty() else "")
                 raise ValueError(f"the loss or a weight is no longer finite at step {done:,}: try a lower --lr; "
                                  + (f"the checkpoint of an earlier step is in {path}" if path.exists() else "nothing was saved"))
             rate = (done - first) / (now - start)
