@@ -5,16 +5,17 @@ noise and are denoised step by step (the output). The network predicts the clean
 
     x_0_hat = f(x_t_out, coords_out, t, coords_in, x_in),        loss = mean (x_0_hat - x_0)^2
 
-It has two parts. The first is exact and has no weights: if images were Gaussian random fields, the best prediction
-E[x_0 | x_t, x_in] would be linear algebra (GaussianField, below). The second is a Perceiver IO that learns the rest,
-what makes an image more than a random field:
+It has three parts. The first is exact and has no weights: if images were Gaussian random fields, the best prediction
+E[x_0 | x_t, x_in] would be linear algebra (GaussianField, below). The second is a small U-Net that looks at that
+prediction around each pixel. The third is a Perceiver IO, which sees all pixels at once. Both learn the rest, what makes
+an image more than a random field:
 
     encoder    learned latents read all pixels          cross-attention
     processor  the latents talk to each other           self-attention, num_blocks times
     decoder    every queried pixel reads the latents    cross-attention
 
-    python nf_denoiser.py                  # parameters, FLOPs, images per second, share of the matmul rate
-    python nf_denoiser.py --size full
+    python nf_denoiser.py                  # the parts and their parameters
+    python nf_denoiser.py --bench          # images per second, share of the matmul rate, what a training step spends
 
 Papers: Perceiver IO (Jaegle et al., 2021, arXiv 2107.14795); DDPM (Ho et al., 2020, arXiv 2006.11239); Fourier
 features (Tancik et al., 2020, arXiv 2006.10739). This file needs nothing but torch: copy it anywhere.
@@ -31,9 +32,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 SIZES = {  # what `--size` means; everything else is NFDenoiser's default
-    "full": dict(num_latents=512, latent_dim=512, num_fourier_feats=256, num_blocks=6, num_heads=8, dropout=0.1),
+    "full": dict(num_latents=512, latent_dim=512, num_fourier_feats=256, num_blocks=6, num_heads=8, dropout=0.1,
+                 widths=(96, 192, 384)),
     "small": dict(num_latents=32, latent_dim=64, num_fourier_feats=32, num_blocks=1, num_heads=2, dropout=0.0,
-                  stencil_dim=256),
+                  widths=(32, 64, 96)),
 }
 
 
@@ -72,7 +74,10 @@ class SinusoidalTimeEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention softmax(Q K^T / sqrt(d)) V from x (B, N, dim) to context (B, M, dim): (B, N, dim)."""
+    """Multi-head attention softmax(Q K^T / sqrt(d) + bias) V from x (B, N, dim) to context (B, M, dim): (B, N, dim).
+
+    bias (B, 1, 1, M) or None makes parts of the context count less. ValueError for a dim that heads do not divide.
+    """
 
     def __init__(self, dim, num_heads, dropout=0.0):
         super().__init__()
@@ -83,10 +88,10 @@ class Attention(nn.Module):
         self.to_kv = nn.Linear(dim, 2 * dim, bias=False)
         self.to_out = nn.Linear(dim, dim)
 
-    def forward(self, x, context):
+    def forward(self, x, context, bias=None):
         split = lambda y: y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, N, dim) -> (B, heads, N, d)
         k, v = self.to_kv(context).chunk(2, dim=-1)
-        y = F.scaled_dot_product_attention(split(self.to_q(x)), split(k), split(v),
+        y = F.scaled_dot_product_attention(split(self.to_q(x)), split(k), split(v), attn_mask=bias,
                                            dropout_p=self.dropout if self.training else 0.0)
         return self.to_out(y.transpose(1, 2).flatten(2))  # (B, heads, N, d) -> (B, N, dim)
 
@@ -105,9 +110,9 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, widening * dim), nn.ReLU(),
                                  nn.Linear(widening * dim, dim), nn.Dropout(dropout))
 
-    def forward(self, x, context=None):
+    def forward(self, x, context=None, bias=None):
         y = self.norm_x(x)
-        x = x + self.attention(y, y if context is None else self.norm_context(context))
+        x = x + self.attention(y, y if context is None else self.norm_context(context), bias)
         return x + self.mlp(self.norm_mlp(x))
 
 
@@ -127,7 +132,7 @@ class PerceiverIO(nn.Module):
         self.latents = nn.Parameter(torch.randn(num_latents, latent_dim) * 0.02)
         self.encoder = Block(latent_dim, num_heads, dropout, cross=True)
         self.processor = nn.ModuleList([Block(latent_dim, num_heads, dropout) for _ in range(num_blocks)])
-        self.decoder = Block(latent_dim, num_heads, dropout, cross=True, widening=4)
+        self.decoder = Block(latent_dim, num_heads, dropout, cross=True, widening=1)
         self.norm_out = nn.LayerNorm(latent_dim)
         self.to_values = nn.Linear(latent_dim, output_channels)
 
@@ -136,9 +141,9 @@ class PerceiverIO(nn.Module):
         token = self.embed_coords(self.fourier(coords)) + extra
         return token if values is None else token + self.embed_values(values)
 
-    def encode(self, tokens):
-        """All tokens (B, N, dim) -> latents (B, num_latents, dim): encoder and processor."""
-        latents = self.encoder(self.latents.expand(len(tokens), -1, -1), tokens)
+    def encode(self, tokens, bias=None):
+        """All tokens (B, N, dim), attention bias (B, 1, 1, N) -> latents (B, num_latents, dim): encoder, processor."""
+        latents = self.encoder(self.latents.expand(len(tokens), -1, -1), tokens, bias)
         for block in self.processor:
             latents = block(latents)
         return latents
@@ -152,189 +157,222 @@ class PerceiverIO(nn.Module):
         return self.decode(self.tokens(output_coords), self.encode(self.tokens(input_coords, input_values)))
 
 
-CORRELATION_LENGTH = 16 / 31  # of the field's covariance exp(-distance / length): 16 pixels of a 32 x 32 image
-NUGGET = 1e-3                 # a pinch of white noise at the inputs: keeps the matrices well conditioned
+NUGGET = 1e-3  # a pinch of white noise at the inputs: keeps the matrices well conditioned
 
 
-def covariance(a, b):
-    """exp(-|a - b| / length) between coordinates a (B, N, 2) and b (B, M, 2): (B, N, M), 1 at distance 0."""
+def exponential(a, b, length=16 / 31):
+    """exp(-|a - b| / length) between coordinates a (B, N, 2) and b (B, M, 2): (B, N, M), 1 at distance 0.
+
+    The textbook's covariance; a length of 16 / 31 is 16 pixels of a 32 x 32 image.
+    """
     squared = (a[:, :, None, 0] - b[:, None, :, 0]).square_() + (a[:, :, None, 1] - b[:, None, :, 1]).square_()
-    return squared.sqrt_().mul_(-1 / CORRELATION_LENGTH).exp_()
+    return squared.sqrt_().mul_(-1 / length).exp_()
+
+
+def cosines(positions, side):
+    """The waves of the discrete cosine transform (DCT-II) at any positions (...,), in pixels: (..., side).
+
+    At 0, 1, ..., side - 1 they are orthonormal: the matrix cosines(arange(side), side) transforms back.
+    """
+    k = torch.arange(side, device=positions.device)
+    return ((positions[..., None] + 0.5) * k * (math.pi / side)).cos() * ((2 - (k == 0).float()) / side).sqrt()
+
+
+def power_spectrum(images):
+    """How much of each cosine wave there is in images uint8 (N, C, side, side): their mean square, (side, side) float.
+
+    Divided by its mean, so that a random field with these variances has variance 1. [0, 0] is the mean colour's.
+    """
+    transform, total = cosines(torch.arange(images.shape[-1], device=images.device), images.shape[-1]), 0
+    for part in images.split(1000):
+        total = total + (transform.T @ (part.float() / 127.5 - 1) @ transform).square().sum((0, 1))
+    return total / total.mean()
 
 
 class GaussianField:
     """The posterior of a Gaussian random field, given clean input pixels and noisy output pixels. No weights.
 
-    The prior: every channel is the inputs' mean plus a field of covariance sigma^2 exp(-distance / length).
+    The prior: a channel is the inputs' mean plus a field of covariance sigma^2 covariance(a, b), with a sigma of its own.
     The observations: input_values (B, N_in, C) as they are, x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps at
     output_coords (B, N_out, 2). Gaussian prior and Gaussian noise make E[x_0 | x_t, x_in] linear algebra (Rasmussen
     & Williams, "Gaussian Processes for Machine Learning", 2006, eq. 2.25). Without x_t this is kriging.
     """
 
-    def __init__(self, input_coords, input_values, output_coords):
-        self.input_coords, self.output_coords, self.eigen = input_coords, output_coords, None
+    def __init__(self, input_coords, input_values, output_coords, covariance=exponential):
+        self.input_coords, self.output_coords, self.covariance, self.eigen = input_coords, output_coords, covariance, None
         k_ii = covariance(input_coords, input_coords)
         k_ii.diagonal(dim1=1, dim2=2).add_(NUGGET)
-        self.k_io = covariance(input_coords, output_coords)                          # (B, N_in, N_out)
         self.chol = torch.linalg.cholesky(k_ii)
         self.mean = input_values.mean(dim=1, keepdim=True)                           # (B, 1, C)
         centred = input_values - self.mean
         self.weights = torch.cholesky_solve(centred, self.chol)                      # (B, N_in, C)
-        # sigma^2 by maximum likelihood, y^T K^-1 y / N, drawn towards 0.2 as long as there are few inputs.
+        # sigma^2 by maximum likelihood, y^T K^-1 y / N, drawn towards 0.05 as long as there are few inputs.
         n = input_values.shape[1]
-        self.variance = (((centred * self.weights).sum(1).mean(-1) + 4 * 0.2) / (n + 4))[:, None, None]  # (B, 1, 1)
-        self.kriging = self.mean + self.k_io.transpose(1, 2) @ self.weights          # (B, N_out, C)
+        self.variance = ((centred * self.weights).sum(1, keepdim=True) + 2 * 0.05) / (n + 2)             # (B, 1, C)
 
-    def outputs_given_inputs(self, skip=0):
-        """(half, given): L^-1 K_io (B, N_in, N_out), and the outputs' covariance given the inputs (B, N_out, N_out)."""
-        outputs = self.output_coords[skip:]
-        half = torch.linalg.solve_triangular(self.chol[skip:], self.k_io[skip:], upper=False)
-        return half, torch.baddbmm(covariance(outputs, outputs), half.transpose(1, 2), half, alpha=-1)
+    def between(self):
+        """What outputs and inputs have to do with each other, worked out when it is first asked for.
+
+        (half, given, kriging): L^-1 K_io (B, N_in, N_out), the outputs' covariance given the inputs (B, N_out, N_out),
+        and their mean (B, N_out, C).
+        """
+        if not hasattr(self, "known"):
+            k_io = self.covariance(self.input_coords, self.output_coords)            # (B, N_in, N_out)
+            half = torch.linalg.solve_triangular(self.chol, k_io, upper=False)
+            given = torch.baddbmm(self.covariance(self.output_coords, self.output_coords), half.mT, half, alpha=-1)
+            self.known = half, given, self.mean + k_io.mT @ self.weights
+        return self.known
 
     def prepare(self):
         """Do once what every step of a sampler needs: with the eigenvectors of `given`, each step is a product."""
-        self.half, self.given = self.outputs_given_inputs()
-        self.eigen = torch.linalg.eigh(self.given)
+        self.eigen = torch.linalg.eigh(self.between()[1])
         return self
 
-    def condition(self, x_t, alpha_bar, skip=0):
+    def condition(self, x_t, alpha_bar):
         """Take the noisy outputs in as well. x_t (B, N_out, C); alpha_bar (B,) in [0, 1].
 
-        The first `skip` images are known to be pure noise, which says nothing: for them all stays as it is. Returns
-        (mean, input_weights, output_weights): E[x_0 | x_t, x_in] at the outputs (B, N_out, C), and the weights of the
-        covariance functions centred on the inputs (B, N_in, C) and the outputs (B, N_out, C); their sum is the mean
-        at any other place.
+        Returns (input_weights, output_weights), of the covariance functions centred on the inputs (B, N_in, C) and the
+        outputs (B, N_out, C): their sum, plus `mean`, is E[x_0 | x_t, x_in] at any place.
         """
-        if skip == len(x_t):
-            return self.kriging, self.weights, torch.zeros_like(x_t)
-        bar, chol = alpha_bar[skip:, None, None], self.chol[skip:]
+        half, given, kriging = self.between()
+        bar = alpha_bar[:, None, None]
         # x_t / sqrt(alpha_bar) is x_0 plus noise: (given + noise I) w = surprise, both sides times alpha_bar.
-        surprise = bar.sqrt() * (x_t[skip:] - bar.sqrt() * self.kriging[skip:])
-        noise = ((1 - bar) / self.variance[skip:]).clamp(min=1e-4)                   # (B, 1, 1)
+        surprise = bar.sqrt() * (x_t - bar.sqrt() * kriging)
+        noise = ((1 - bar) / self.variance).clamp(min=1e-4)                          # (B, 1, C)
         if self.eigen:
-            half, given, values, vectors = (x[skip:] for x in (self.half, self.given, *self.eigen))
+            values, vectors = self.eigen
             output_weights = vectors @ ((vectors.mT @ surprise) / (bar * values[..., None].clamp(min=0) + noise))
         else:
-            half, given = self.outputs_given_inputs(skip)
-            system = bar * given
-            system.diagonal(dim1=1, dim2=2).add_(noise.squeeze(-1))
-            output_weights = torch.cholesky_solve(surprise, torch.linalg.cholesky(system))
-        input_weights = self.weights[skip:] - torch.linalg.solve_triangular(chol.mT, half @ output_weights, upper=True)
-        mean = self.kriging[skip:] + given @ output_weights
-        return (torch.cat([self.kriging[:skip], mean]), torch.cat([self.weights[:skip], input_weights]),
-                torch.cat([torch.zeros_like(x_t[:skip]), output_weights]))
+            system = (bar * given)[:, None].repeat(1, x_t.shape[-1], 1, 1)           # (B, C, N_out, N_out)
+            system.diagonal(dim1=2, dim2=3).add_(noise.mT)
+            output_weights = torch.cholesky_solve(surprise.mT[..., None], torch.linalg.cholesky(system))[..., 0].mT
+        return self.weights - torch.linalg.solve_triangular(self.chol.mT, half @ output_weights, upper=True), output_weights
 
 
 def kriging(query_coords, input_coords, input_values):
     """Mean of a Gaussian random field given scattered values: (B, N, 2), (B, N_in, 2), (B, N_in, C) -> (B, N, C)."""
-    return GaussianField(input_coords, input_values, query_coords).kriging
+    field = GaussianField(input_coords, input_values, query_coords)
+    return field.mean + field.covariance(query_coords, input_coords) @ field.weights
+
+
+class SmallUNet(nn.Module):
+    """Lets every place see its surroundings: 3 x 3 convolutions at full, half, ... resolution, one width for each.
+
+    (B, channels, H, W) -> (B, widths[0], H, W), H and W divisible by 2^(len(widths) - 1). After U-Net (Ronneberger et
+    al., 2015, arXiv 1505.04597), with sums for its concatenations.
+    """
+
+    def __init__(self, channels, widths):
+        super().__init__()
+        conv = lambda a, b, **more: nn.Conv2d(a, b, 3, padding=1, **more)
+        pairs = list(zip(widths, widths[1:]))
+        self.first = conv(channels, widths[0])
+        self.before = nn.ModuleList(conv(a, a) for a in widths)
+        self.down = nn.ModuleList(conv(a, b, stride=2) for a, b in pairs)
+        self.bottom = conv(widths[-1], widths[-1])
+        self.up = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in pairs)
+        self.after = nn.ModuleList(conv(a, a) for a, _ in pairs)
+
+    def forward(self, x):
+        x, skips = self.first(x.contiguous(memory_format=torch.channels_last)), []
+        for i, before in enumerate(self.before):
+            x = self.down[i - 1](x.relu()) if i else x
+            x = x + before(x.relu())
+            skips.append(x)
+        x = x + self.bottom(x.relu())
+        for i in reversed(range(len(self.up))):
+            x = skips[i] + F.interpolate(self.up[i](x.relu()), scale_factor=2)
+            x = x + self.after[i](x.relu())
+        return x
 
 
 class NFDenoiser(nn.Module):
     """The neural field: predicts the clean values of noisy output pixels, given clean input pixels.
 
     Same arguments as PerceiverIO, and
-    stencil: odd side of the square of lattice points around an output pixel at which it sees the field's mean;
-    stencil_dim: width of the MLP that reads them.
-    side: of the lattice on which that mean is laid out, the training images' height and width.
+    widths: channels of the U-Net at full, half, ... resolution; side: of the lattice on which it looks at the field's
+    mean, the training images' height and width.
     alphas_cumprod: (T,), the schedule that x_t comes from; None is the cosine schedule with T = 1000, unclipped.
+    spectrum: (side, side), the power_spectrum of the training images; None is a power law.
     The GaussianField inside costs N_in^3 + N_out^3 an image: fine for hundreds of pixels, not for tens of thousands.
-    Raises ValueError for an even stencil, different channels in and out, or as PerceiverIO does.
+    Raises ValueError for different channels in and out, a side that the U-Net cannot halve, or as PerceiverIO does.
     """
 
     def __init__(self, input_channels=3, output_channels=3, num_latents=512, latent_dim=512, num_fourier_feats=256,
-                 num_blocks=6, num_heads=8, dropout=0.1, stencil=7, stencil_dim=512, side=32, alphas_cumprod=None):
+                 num_blocks=6, num_heads=8, dropout=0.1, widths=(96, 192, 384), side=32, alphas_cumprod=None, spectrum=None):
         super().__init__()
-        if stencil % 2 != 1 or input_channels != output_channels:
-            raise ValueError(f"the stencil must be odd ({stencil}), and what goes in must be of the kind of what comes out "
-                             f"({input_channels} and {output_channels} channels)")
-        self.side, self.stencil = side, stencil
+        if input_channels != output_channels or side % 2 ** (len(widths) - 1):
+            raise ValueError(f"want as many channels in as out and a side that can be halved {len(widths) - 1} times, got "
+                             f"{input_channels} and {output_channels} channels, side {side}")
+        self.side = side
         self.perceiver = PerceiverIO(input_channels, output_channels, num_latents, latent_dim, num_fourier_feats,
                                      num_blocks, num_heads, dropout)
         self.marker = nn.Parameter(torch.randn(2, latent_dim) * 0.02)  # 0: a clean input pixel, 1: a noisy output pixel
         self.embed_time = nn.Sequential(SinusoidalTimeEmbedding(128), nn.Linear(128, latent_dim), nn.ReLU(),
                                         nn.Linear(latent_dim, latent_dim))
         self.embed_mean = nn.Linear(input_channels, latent_dim)
-        self.embed_around = nn.Sequential(nn.Linear(stencil**2 * (input_channels + 2), stencil_dim), nn.ReLU(),
-                                          nn.Linear(stencil_dim, stencil_dim), nn.ReLU(),
-                                          nn.Linear(stencil_dim, latent_dim))
+        self.surroundings = SmallUNet(input_channels + 3, widths)
+        self.embed_surroundings = nn.Linear(widths[0], latent_dim)
         nn.init.normal_(self.perceiver.to_values.weight, std=0.01)  # begin close to the Gaussian field's answer
+        nn.init.zeros_(self.perceiver.to_values.bias)
         if alphas_cumprod is None:
             t = torch.arange(1, 1001, dtype=torch.float64) / 1000
             alphas_cumprod = (torch.cos((t + 0.008) / 1.008 * math.pi / 2) / math.cos(0.008 / 1.008 * math.pi / 2)) ** 2
         self.register_buffer("alphas_cumprod", alphas_cumprod.float())
-        # The lattice's covariance as a convolution kernel on a torus of twice the size, in Fourier space.
-        steps = torch.arange(2 * side)
-        steps = torch.minimum(steps, 2 * side - steps) / (side - 1)
-        distance = (steps[:, None].square() + steps[None, :].square()).sqrt()
-        self.register_buffer("kernel_hat", torch.fft.rfft2(torch.exp(-distance / CORRELATION_LENGTH)).real)
+        if spectrum is None:
+            k = torch.arange(side)
+            spectrum = (4.0 + k[:, None] ** 2 + k**2) ** -1.5
+        self.register_buffer("spectrum", (spectrum / spectrum.mean()).float())
+        # The cosine transform of three channels is that of our eyes: brightness, red against blue, green against both.
+        self.register_buffer("colours", cosines(torch.arange(input_channels), input_channels), persistent=False)
+        # What follows from the spectrum: the covariance of each point of the lattice with each other.
+        waves = cosines(torch.arange(side), side)
+        waves = torch.kron(waves, waves)                                             # (side^2 points, side^2 waves)
+        self.register_buffer("table", waves * self.spectrum.flatten() @ waves.T, persistent=False)
 
-    def corners(self, coords):
-        """The 4 lattice points around each coordinate (B, N, 2) and their bilinear shares: two lists of (B, N)."""
-        position = coords * (self.side - 1)
-        whole = position.round()  # a pixel is one point, also where 31 * (3 / 31) is not quite 3
-        position = torch.where((position - whole).abs() < 1e-4, whole, position)
-        corner = position.floor().clamp(0, self.side - 2)
-        x, y = (position - corner).unbind(-1)                                        # in [0, 1]
-        column, row = corner.long().unbind(-1)
-        places = [(column + dx, row + dy) for dy in (0, 1) for dx in (0, 1)]
-        return places, [(1 - x) * (1 - y), x * (1 - y), (1 - x) * y, x * y]
+    def covariance(self, a, b):
+        """Of the field whose cosine waves have the variances `spectrum`: (B, N, 2), (B, M, 2) -> (B, N, M)."""
+        a, b = (coords * (self.side - 1) for coords in (a, b))
+        if not a.is_cuda and all((x - x.round()).abs().max() < 1e-4 for x in (a, b)):  # pixels: look it up
+            row, column = ((x.round() @ x.new_tensor([1.0, self.side])).long() for x in (a, b))
+            return self.table.flatten()[row[:, :, None] * self.side**2 + column[:, None, :]]
+        waves = [cosines(x, self.side) for x in (a, b)]                              # (B, N, 2, side)
+        waves = [(w[..., 1, :, None] * w[..., 0, None, :]).flatten(2) for w in waves]  # (B, N, side^2)
+        return waves[0] * self.spectrum.flatten() @ waves[1].mT
 
-    def lattice(self, coords, weights):
-        """Put weights (B, N, C) down on the lattice, each shared by the points around it: (B, side, side, C)."""
-        image = weights.new_zeros(len(weights), self.side**2, weights.shape[-1])
-        for (column, row), share in zip(*self.corners(coords)):
-            index = (row * self.side + column)[..., None].expand_as(weights)
-            image.scatter_add_(1, index, share[..., None] * weights)
-        return image.unflatten(1, (self.side, self.side))
+    def waves(self, coords, weights):
+        """Covariance functions centred on coords (B, N, 2), times weights (B, N, C), as cosine waves: (B, C, side, side)."""
+        x, y = cosines(coords * (self.side - 1), self.side).unbind(2)                # (B, N, side) each
+        return self.spectrum * torch.einsum("bny,bnc,bnx->bcyx", y, weights, x)
 
-    def read(self, image, coords, offset):
-        """Read a lattice (B, side, side, C) on the square of offsets around coords (B, N, 2): (B, N, K * K, C)."""
-        pixels, n = image.flatten(0, 2), self.side                                   # (B * side^2, C)
-        first_row = torch.arange(len(image), device=image.device)[:, None, None, None] * n
-        seen = 0
-        for (column, row), share in zip(*self.corners(coords)):
-            # For the pixels of an image one corner has all; on a GPU, asking would cost more than adding zeros.
-            if share.is_cuda or share.any() or not share.numel():
-                rows = (row[..., None] + offset).clamp(0, n - 1)[..., :, None]       # (B, N, K, 1)
-                columns = (column[..., None] + offset).clamp(0, n - 1)[..., None, :]
-                index = (first_row + rows) * n + columns                             # (B, N, K, K)
-                part = pixels.index_select(0, index.flatten()).view(*index.shape[:2], len(offset) ** 2, image.shape[-1])
-                seen = seen + share[..., None, None] * part
-        return seen
+    def at(self, waves, coords):
+        """The field made of waves (B, C, side, side) at coords (B, N, 2): (B, N, C)."""
+        x, y = cosines(coords * (self.side - 1), self.side).unbind(2)
+        return ((y[:, None] @ waves) * x[:, None]).sum(-1).mT
 
-    def look_around(self, field, mean, input_weights, output_weights, alpha_bar):
-        """What the Gaussian field looks like around each output pixel: (B, N_out, stencil^2 * (C + 2)).
-
-        Its mean, relative to the mean at the pixel and in units of the field's standard deviation; where the input
-        pixels are; and where the output pixels are, each counting as much as it knows (alpha_bar).
-        """
-        given = self.lattice(field.input_coords, F.pad(input_weights, (0, 1), value=1.0))
-        asked = self.lattice(field.output_coords, F.pad(output_weights, (0, 1), value=1.0))
-        n, reach = self.side, self.stencil // 2
-        weights = (given[..., :-1] + asked[..., :-1]).movedim(-1, 1)                  # (B, C, n, n)
-        image = torch.fft.irfft2(torch.fft.rfft2(weights, s=(2 * n, 2 * n)) * self.kernel_hat, s=(2 * n, 2 * n))
-        image = image[..., :n, :n].movedim(1, -1) / field.variance[..., None].sqrt()
-        image = torch.cat([image, given[..., -1:], alpha_bar[:, None, None, None] * asked[..., -1:]], dim=-1)
-
-        # Pixels of the stencil around the lattice point left above each output, then a bilinear mean for what is between.
-        offset = torch.arange(-reach, reach + 1, device=image.device)
-        seen = self.read(image, field.output_coords, offset)                         # (B, N_out, stencil^2, C + 2)
-        centre = F.pad((mean - field.mean) / field.variance.sqrt(), (0, 2))[:, :, None, :]
-        return (seen - centre).flatten(2)
+    def occupancy(self, coords):
+        """How many of the coords (B, N, 2) are at each lattice point, those between shared out: (B, 1, side, side)."""
+        position, image = coords * (self.side - 1), coords.new_zeros(len(coords), self.side**2)
+        corner = (position + 1e-4).floor().clamp(0, self.side - 2)
+        right, down = (position - corner).unbind(-1)                                 # in [0, 1]
+        first = (corner @ corner.new_tensor([1.0, self.side])).long()                # the lattice point left above
+        for offset, share in ((0, (1 - right) * (1 - down)), (1, right * (1 - down)),
+                              (self.side, (1 - right) * down), (self.side + 1, right * down)):
+            image.scatter_add_(1, first + offset, share)
+        return image.view(-1, 1, self.side, self.side)
 
     @torch.no_grad()
     def prepare(self, output_coords, input_coords, input_values):
         """What forward works out again for every timestep of a sampler: hand it over as `field`, with the same pixels."""
-        return GaussianField(input_coords, input_values, output_coords).prepare()
+        return GaussianField(input_coords, input_values @ self.colours, output_coords, self.covariance).prepare()
 
-    def forward(self, noisy_output_values, output_coords, t, input_coords, input_values, pure_noise=0, field=None):
+    def forward(self, noisy_output_values, output_coords, t, input_coords, input_values, pure_noise=False, field=None):
         """Predict the clean output values.
 
         noisy_output_values: x_t (B, N_out, C); output_coords (B, N_out, 2) and input_coords (B, N_in, 2) in [0, 1],
         N_in >= 1; t: int64 (B,) in 0..T-1; input_values (B, N_in, C): clean, never noised. Values live in [-1, 1].
-        pure_noise: so many images, from the first, are known to be at the last timestep, which saves work; field: what
-        `prepare` gave for these pixels, likewise.
+        pure_noise: x_t is known to say nothing (the last timestep), which saves work; field: what `prepare` gave for
+        these pixels, likewise.
         Returns x_0_hat (B, N_out, C). Raises ValueError for shapes that do not fit together.
         """
         if input_coords.shape[1] < 1 or input_coords.shape[:2] != input_values.shape[:2] \
@@ -343,29 +381,45 @@ class NFDenoiser(nn.Module):
                              f"{tuple(input_coords.shape)} and {tuple(input_values.shape)}, outputs "
                              f"{tuple(output_coords.shape)} and {tuple(noisy_output_values.shape)}")
         alpha_bar = self.alphas_cumprod[t]
+        bar = alpha_bar[:, None, None]
         with torch.no_grad(), torch.autocast(noisy_output_values.device.type, enabled=False):
-            field = field or GaussianField(input_coords, input_values, output_coords)
-            mean, input_weights, output_weights = field.condition(noisy_output_values, alpha_bar, pure_noise)
-            around = self.look_around(field, mean, input_weights, output_weights, alpha_bar)
+            # The Gaussian field's answer, and what it and the pixels look like on the lattice.
+            field = field or GaussianField(input_coords, input_values @ self.colours, output_coords, self.covariance)
+            known, asked = self.occupancy(input_coords), bar[..., None] * self.occupancy(output_coords)
+            if pure_noise:
+                waves = self.waves(input_coords, field.weights)
+            else:
+                input_weights, output_weights = field.condition(noisy_output_values @ self.colours, alpha_bar)
+                waves = self.waves(input_coords, input_weights) + self.waves(output_coords, output_weights)
+            mean = field.mean + self.at(waves, output_coords)
+            lattice = cosines(torch.arange(self.side, device=waves.device), self.side)
+            image = lattice @ waves @ lattice.T / field.variance.mean((1, 2))[:, None, None, None].sqrt()  # (B, C, side, side)
+            image = torch.cat([image, known, asked, bar[..., None].sqrt().expand_as(known)], dim=1)
             # How far x_0 may be from that mean: 7% of the field's variance given the inputs, less given x_t as well.
-            variance, bar = 0.07 * field.variance, alpha_bar[:, None, None]
-            std = (variance * (1 - bar) / (bar * variance + 1 - bar)).sqrt()         # (B, 1, 1)
+            variance = 0.07 * field.variance
+            std = (variance * (1 - bar) / (bar * variance + 1 - bar)).sqrt()         # (B, 1, C)
 
         perceiver = self.perceiver
         time_token = self.embed_time(t)[:, None, :]                                  # (B, 1, dim)
-        given = perceiver.tokens(input_coords, input_values, self.marker[0] + time_token)
-        asked = self.embed_around(around) + self.embed_mean(mean) + self.marker[1] + time_token
-        # The query carries x_t, by as much as there is in it: pure noise is not worth reading.
-        asked = perceiver.tokens(output_coords, bar.sqrt() * noisy_output_values, asked)
-        latents = perceiver.encode(torch.cat([given, asked], dim=1))
-        return mean + std * perceiver.decode(asked, latents)
+        inputs = perceiver.tokens(input_coords, input_values, self.marker[0] + time_token)
+        # What the U-Net makes of the lattice, read between its points; and x_t, by as much as there is in it.
+        around = F.grid_sample(self.surroundings(image), 2 * output_coords[:, :, None] - 1, align_corners=True)[..., 0].mT
+        outputs = self.embed_surroundings(around.relu()) + self.embed_mean(mean) + self.marker[1] + time_token
+        outputs = perceiver.tokens(output_coords, bar.sqrt() * noisy_output_values, outputs)
+        if pure_noise:
+            latents = perceiver.encode(inputs)
+        else:  # a noisy pixel is attended to by as much as it knows: log(alpha_bar) takes it out where that is nothing
+            bias = alpha_bar.log()[:, None].expand(-1, outputs.shape[1])
+            bias = torch.cat([torch.zeros_like(input_coords[..., 0]), bias], dim=1)[:, None, None, :].to(outputs.dtype)
+            latents = perceiver.encode(torch.cat([inputs, outputs], dim=1), bias)
+        return (mean + std * perceiver.decode(outputs, latents)) @ self.colours.T
 
 
-def parameters_and_flops(model, work):
-    """(number of parameters, floating point operations of the matrix products in work())."""
+def flops(work):
+    """Floating point operations of the matrix products and convolutions in work()."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the counter knows no fused attention
         work()
-    return sum(p.numel() for p in model.parameters()), counter.get_total_flops()
+    return counter.get_total_flops()
 
 
 def seconds(work, device, at_least=1.0):
@@ -381,43 +435,94 @@ def seconds(work, device, at_least=1.0):
     return (time.perf_counter() - start) / rounds
 
 
+def bench(size, batch, device):
+    """Print what each part of a training step costs, and what sampling saves."""
+    from sample import ddim_sample
+    from schedule import DiffusionSchedule
+    from train import Objective, field_problems
+    torch.manual_seed(0)
+    schedule = DiffusionSchedule().to(device)
+    model = NFDenoiser(**SIZES[size], alphas_cumprod=schedule.alphas_cumprod).to(device)
+    objective, average = Objective(model), [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9, fused=True)
+    images = torch.randint(0, 256, (batch, 3, 32, 32), dtype=torch.uint8, device=device)
+    draw = lambda: field_problems(images, schedule)
+    problems = draw()
+
+    def forward():
+        with torch.no_grad():
+            objective(problems)
+
+    def both():
+        optimizer.zero_grad()
+        objective(problems).backward()
+
+    def optimise():
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        torch._foreach_lerp_(average, [p.detach() for p in model.parameters()], 0.01)
+
+    def step():
+        nonlocal problems
+        problems = draw()
+        both()
+        optimise()
+
+    matrix = torch.rand(2048, 2048, device=device)
+    rate = 2 * 2048**3 / seconds(lambda: matrix @ matrix, device)
+    print(f"{size}: {sum(p.numel() for p in model.parameters()):,} parameters, batches of {batch}, float32, {device}, "
+          f"{torch.get_num_threads()} threads, matmul {rate / 1e9:.0f} GFLOP/s")
+    times = {work.__name__: seconds(work, device, 3.0) for work in (forward, both, step, optimise)}
+    times["draw"] = seconds(draw, device)
+    for name, work in (("forward", forward), ("forward + backward", both)):
+        count, each = flops(work), times[work.__name__]
+        print(f"  {name:20}{1e3 * each:9.1f} ms {batch / each:8.2f} images/s {count / batch / 1e9:8.3f} GFLOP an image "
+              f"{count / each / rate:5.0%} of the matmul rate")
+    print(f"  {'whole training step':20}{1e3 * times['step']:9.1f} ms {batch / times['step']:8.2f} images/s; drawing data, masks "
+          f"and noise {times['draw'] / times['step']:.1%}, optimiser and average {times['optimise'] / times['step']:.1%} of it")
+    model.eval()
+    inputs, one = problems[-1][0], len(problems[-1][1])
+    given = [inputs[name] for name in ("output_coords", "input_coords", "input_values")]
+    with torch.no_grad():
+        plain = seconds(lambda: model(**inputs), device, 2.0)
+    sampling = seconds(lambda: ddim_sample(model, schedule, *given, num_steps=50), device)
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device) / 2**20
+    else:
+        import resource  # not on Windows
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    print(f"  {'DDIM, 50 steps':20}{1e3 * sampling:9.1f} ms for {one} images: {sampling / plain:.1f} plain forward passes; "
+          f"peak memory {peak:,.0f} MiB")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=list(SIZES), default="small")
-    parser.add_argument("--batch-size", type=int, help="default: 32 for small, 4 for full")
+    parser.add_argument("--bench", action="store_true", help="time a training step and sampling (a minute or two)")
+    parser.add_argument("--size", choices=list(SIZES), help="with --bench: only this one")
+    parser.add_argument("--batch-size", type=int, help="with --bench (default: 32 for small, 4 for full)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.error = fail
     args = parser.parse_args()
-    batch = (32 if args.size == "small" else 4) if args.batch_size is None else args.batch_size
-    if batch < 1:
-        raise ValueError(f"--batch-size must be at least 1, got {batch}")
+    if args.batch_size is not None and args.batch_size < 2:
+        raise ValueError(f"--batch-size must be at least 2, got {args.batch_size}")
     try:
         device = torch.empty(0, device=args.device).device
     except (RuntimeError, AssertionError) as problem:
         raise ValueError(f"--device {args.device} cannot be used: {str(problem).splitlines()[0]}") from None
-
+    if args.bench:
+        for size in [args.size] if args.size else ["small", "full"]:
+            bench(size, args.batch_size or {"small": 32, "full": 4}[size], device)
+        return
     torch.manual_seed(0)
-    model = NFDenoiser(**SIZES[args.size]).to(device)
-    pixels = torch.rand(batch, 1024, device=device).argsort(1)[:, :408]             # 204 inputs, 204 outputs
-    coords = torch.stack([pixels % 32, pixels // 32], -1) / 31
-    values = torch.rand(batch, 408, 3, device=device) * 2 - 1
-    t = torch.randint(0, 1000, (batch,), device=device)
-    run = lambda: model(values[:, 204:], coords[:, 204:], t, coords[:, :204], values[:, :204])
-
-    def forward():
-        with torch.no_grad():
-            run()
-
-    matrix = torch.rand(2048, 2048, device=device)
-    rate = 2 * 2048**3 / seconds(lambda: matrix @ matrix, device)
-    print(f"{args.size}: batches of {batch}, 204 pixels in, 204 out, float32, {device}, {torch.get_num_threads()} threads")
-    backward = lambda: run().square().mean().backward()
-    for name, work, counted in (("forward", forward, run), ("forward + backward", backward, backward)):
-        parameters, flops = parameters_and_flops(model, counted)
-        each = seconds(work, device, 2.0) / batch
-        print(f"{name:20}{parameters:11,} parameters {flops / batch / 1e9:8.3f} GFLOP an image {1 / each:8.1f} images/s "
-              f"{flops / batch / each / rate:5.0%} of the matmul rate ({rate / 1e9:.0f} GFLOP/s)")
-    print("(FLOPs count the matrix products; nothing was written)")
+    pixels = torch.rand(1, 1024).argsort(1)[:, :408]                                 # 204 inputs, 204 outputs
+    coords, values = torch.stack([pixels % 32, pixels // 32], -1) / 31, torch.rand(1, 408, 3) * 2 - 1
+    for size, config in SIZES.items():
+        model = NFDenoiser(**config)
+        count = flops(lambda: model(values[:, 204:], coords[:, 204:], torch.tensor([500]), coords[:, :204], values[:, :204]))
+        print(f"{size}: {sum(p.numel() for p in model.parameters()):,} parameters, {count / 1e9:.3f} GFLOP for 204 pixels from 204")
+        for name, part in [*model.named_children(), *model.perceiver.named_children()]:
+            print(f"  {name:20}{sum(p.numel() for p in part.parameters()):12,}")
+    print("(nothing was written; --bench measures speed)")
 
 
 def fail(message):

@@ -82,7 +82,7 @@ def _randn(shape, like, generator):
 
 
 @torch.no_grad()
-def one_step_mean(model, schedule, output_coords, input_coords, input_values, generator=None, chunk=204):
+def one_step_mean(model, schedule, output_coords, input_coords, input_values, generator=None, chunk=1024):
     """The model's estimate of E[x_0 | x_in]: its prediction at the last timestep from pure noise, (B, N_out, C).
 
     At that timestep an output says nothing about the others, so any number of them is asked in chunks.
@@ -91,7 +91,7 @@ def one_step_mean(model, schedule, output_coords, input_coords, input_values, ge
     for coords in output_coords.split(chunk, dim=1):
         noise = _randn((*coords.shape[:2], input_values.shape[-1]), input_values, generator)
         t = torch.full(coords.shape[:1], schedule.num_timesteps - 1, device=coords.device)
-        parts.append(model(noise, coords, t, input_coords, input_values, pure_noise=len(coords)))
+        parts.append(model(noise, coords, t, input_coords, input_values, pure_noise=True))
     return torch.cat(parts, dim=1)
 
 
@@ -311,12 +311,10 @@ def draw_fine(model, schedule, split, scale, generator):
     height, width = (n * scale for n in truth.shape[2:])
     axes = torch.linspace(0, 1, height), torch.linspace(0, 1, width)
     grid = torch.stack(torch.meshgrid(*axes, indexing="ij")[::-1], -1).view(1, -1, 2).to(truth)  # (1, H * W, 2) as (x, y)
-    # In random order, so that each chunk is spread over the image like the outputs of training.
-    shuffled = torch.randperm(height * width, generator=torch.Generator().manual_seed(0)).to(truth.device)
-    coords, back = grid[:, shuffled].expand(len(truth), -1, -1), shuffled.argsort()
+    coords = grid.expand(len(truth), -1, -1)
     smooth_field = torch.cat([kriging(part, *given) for part in coords.split(4096, dim=1)], dim=1)
     fields = [smooth_field, one_step_mean(model, schedule, coords, *given, generator)]
-    fields = [(f.clamp(-1, 1)[:, back] + 1).mT.unflatten(-1, (height, width)) / 2 for f in fields]
+    fields = [(f.clamp(-1, 1) + 1).mT.unflatten(-1, (height, width)) / 2 for f in fields]
     dots = (scatter_pixels(split["input_indices"], split["input_values"], truth.shape) + 1) / 2
     dots = F.interpolate(dots, scale_factor=scale)
     smooth = F.interpolate((truth + 1) / 2, size=(height, width), mode="bicubic", align_corners=True)
@@ -335,8 +333,8 @@ def load_checkpoint(path, device="cpu"):
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         kind, _, _, _ = (checkpoint[key] for key in ("kind", "step", "data", "schedule"))
-        schedule = dict(alphas_cumprod=checkpoint["ema"]["alphas_cumprod"]) if kind == "nf" else {}
-        model = (NFDenoiser if kind == "nf" else DenoisingAutoencoder)(**checkpoint["config"], **schedule)
+        measured = {name: checkpoint["ema"][name] for name in ("alphas_cumprod", "spectrum")} if kind == "nf" else {}
+        model = (NFDenoiser if kind == "nf" else DenoisingAutoencoder)(**checkpoint["config"], **measured)
         model.load_state_dict(checkpoint["ema"])
     except OSError:
         raise

@@ -4,6 +4,7 @@
     python train.py --model dae                      # MNIST, Gaussian noise 0.3;  --model ae: no noise
     python train.py --model dae --noise salt_pepper --noise-param 0.4
     python train.py --model nf --steps 20000         # longer; --resume goes on where a stopped run was
+    torchrun --standalone --nproc_per_node=2 train.py --model nf      # several processes share every batch
 
 One loop for all three: take clean images, corrupt them, compare what the model makes of it with the CLEAN images.
 
@@ -13,13 +14,14 @@ One loop for all three: take clean images, corrupt them, compare what the model 
     ae     loss = mean (g(f(x)) - x)^2
 
 Whatever is random in step n is drawn from a generator seeded with (seed, n): nothing but the step number is needed to
-go on with a stopped run, on a CPU bit for bit. Below out/MODEL: checkpoint.pt, loss.csv, loss.png, samples.png and results.json.
+go on with a stopped run, on a CPU bit for bit. Every process draws it for the whole batch, and takes its own rows. Below out/MODEL: checkpoint.pt, loss.csv, loss.png, samples.png and results.json.
 """
 import argparse
 import copy
 import csv
 import math
 import os
+import random
 import signal
 import sys
 import time
@@ -31,34 +33,60 @@ import torch.nn.functional as F
 import noise as corruption
 from autoencoder import DenoisingAutoencoder
 from data import DATASETS, fail, fixed_keys, load_dataset, sparse_split
-from nf_denoiser import SIZES, NFDenoiser
+from nf_denoiser import SIZES, NFDenoiser, power_spectrum
 from sample import load_checkpoint, pick_device, report, write_json
 from schedule import DiffusionSchedule, line_chart
 
 RECIPES = {  # batch size, peak learning rate, decay of the weights' moving average, and how long: steps or epochs
-    "nf small": dict(batch_size=32, lr=5e-3, ema=0.998, steps=2300),
+    "nf small": dict(batch_size=32, lr=3e-3, ema=0.998, steps=1600),
     "nf full": dict(batch_size=64, lr=1e-4, ema=0.9999, epochs=100),
     "ae": dict(batch_size=128, lr=3e-3, ema=0.998, epochs=10),
 }
 
 
-def field_loss(model, schedule, images, keys):
-    """One batch of the neural field's objective. images uint8 (B, C, H, W); keys (B, H * W) or None for fresh masks."""
-    split = sparse_split(images, keys=keys)
-    x_0, last = split["output_values"], schedule.num_timesteps - 1
-    # Half of the images at the last timestep, where the one-step mean is learned; the rest at all of them, for samples.
-    t = torch.randint(0, last + 1, (len(images),), device=images.device)
-    half = len(images) // 2
-    t[:half] = last
-    x_t = schedule.q_sample(x_0, t, torch.randn_like(x_0))
-    x_0_hat = model(x_t, split["output_coords"], t, split["input_coords"], split["input_values"], pure_noise=half)
-    return F.mse_loss(x_0_hat, x_0)
+def field_problems(images, schedule, keys=None, output_ratio=0.2):
+    """Draw what is random in a batch of the neural field: [(arguments of NFDenoiser.forward, clean values), ...].
+
+    images uint8 (B, C, H, W); keys (B, H * W) or None for fresh masks. The first half of the images is at the last
+    timestep, where the one-step mean is learned. There outputs say nothing about each other, so that every missing pixel
+    is asked. The other half is at all timesteps, for samples, with output_ratio of the pixels jointly denoised.
+    """
+    keys = torch.rand(len(images), images[0, 0].numel(), device=images.device) if keys is None else keys
+    half, last, problems = len(images) // 2, schedule.num_timesteps - 1, []
+    for pure, rows, ratio in ((True, slice(half), None), (False, slice(half, None), output_ratio)):
+        if len(images[rows]):
+            split = sparse_split(images[rows], output_ratio=ratio, keys=keys[rows])
+            x_0 = split["output_values"]
+            t = torch.randint(last if pure else 0, last + 1, (len(x_0),), device=images.device)
+            problems.append((dict(noisy_output_values=schedule.q_sample(x_0, t, torch.randn_like(x_0)), t=t, pure_noise=pure,
+                                  **{name: split[name] for name in ("output_coords", "input_coords", "input_values")}), x_0))
+    return problems
 
 
-def autoencoder_loss(model, images, corrupt):
-    """One batch of the autoencoders' objective. images uint8 (B, 1, 28, 28); corrupt: clean -> noisy."""
+def autoencoder_problems(images, corrupt):
+    """The same for the autoencoders. images uint8 (B, 1, 28, 28); corrupt: clean -> noisy, values in [0, 1]."""
     clean = images.flatten(1).float() / 255
-    return F.mse_loss(model(corrupt(clean))[0], clean)
+    return [(dict(x=corrupt(clean)), clean)]
+
+
+def share(problems, rank, world):
+    """The rows of `problems` that fall to process `rank` of `world`."""
+    return [({name: x[rank::world] if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}, clean[rank::world])
+            for inputs, clean in problems]
+
+
+class Objective(torch.nn.Module):
+    """Mean squared error of a model's answers to problems; a module, because DistributedDataParallel wants one."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, problems):
+        answers = [self.model(**inputs) for inputs, _ in problems]
+        answers = [answer[0] if isinstance(answer, tuple) else answer for answer in answers]  # the autoencoder's latents
+        total = sum(len(clean) for _, clean in problems)
+        return sum(F.mse_loss(x, clean) * len(clean) / total for x, (_, clean) in zip(answers, problems))
 
 
 def save_checkpoint(path, checkpoint):
@@ -99,9 +127,9 @@ def parse_arguments():
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--lr", type=float, help="peak learning rate")
     parser.add_argument("--ema", type=float, help="decay of the moving average of the weights")
-    parser.add_argument("--masks", choices=["fresh", "fixed"], default="fresh", help="of nf: new ones, or one an image")
-    parser.add_argument("--beta-schedule", choices=["cosine", "linear"], default="cosine")
-    parser.add_argument("--timesteps", type=int, default=1000, help="T, the length of the diffusion")
+    parser.add_argument("--masks", choices=["fresh", "fixed"], help="of nf: new ones (default), or one an image")
+    parser.add_argument("--beta-schedule", choices=["cosine", "linear"], help="of nf (default cosine)")
+    parser.add_argument("--timesteps", type=int, help="of nf: T, the length of the diffusion (default 1000)")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
@@ -111,6 +139,12 @@ def parse_arguments():
     parser.error = fail
     args = parser.parse_args()
     args.device = pick_device(args.device)
+    for flag, value in (("--size", args.size if args.size != "auto" else None), ("--masks", args.masks),
+                        ("--beta-schedule", args.beta_schedule), ("--timesteps", args.timesteps)):
+        if args.model != "nf" and value is not None:
+            raise ValueError(f"{flag} is for --model nf; {args.model} has no use for it")
+    args.masks, args.beta_schedule = args.masks or "fresh", args.beta_schedule or "cosine"
+    args.timesteps = 1000 if args.timesteps is None else args.timesteps
     if args.size == "auto":
         args.size = "full" if args.device.type == "cuda" else "small"
     recipe = RECIPES[f"nf {args.size}" if args.model == "nf" else "ae"]
@@ -139,15 +173,29 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
+    # Under torchrun each process is `rank` of `world`, with a GPU of its own where there are GPUs; alone, it is 0 of 1.
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device, folder = args.device, args.out / args.model
     if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
+    if world > 1:
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if rank:
+            sys.stdout = open(os.devnull, "w")  # one process speaks for all
+    parts = world * (2 if args.model == "nf" and args.batch_size > 1 else 1)
+    if args.batch_size % parts:
+        raise ValueError(f"--batch-size {args.batch_size} cannot be shared out: it must be a multiple of {parts}")
     path = folder / "checkpoint.pt"
 
     # Data: the whole training set as one uint8 tensor on the device; a batch is an index into it.
     real = "cifar10" if args.model == "nf" else "mnist"
-    name, images, _ = load_dataset(args.data, args.data_dir, train=True, real=real)
-    test_images = load_dataset(name, args.data_dir, train=False)[1]  # now, so that nothing is missing in the end
+    for turn in (True, False):  # process 0 fetches what is missing, the others find it there
+        if turn == (rank == 0):
+            name, images, _ = load_dataset(args.data, args.data_dir, train=True, real=real)
+            test_images = load_dataset(name, args.data_dir, train=False)[1]  # now, so that nothing is missing in the end
+        if world > 1:
+            torch.distributed.barrier()
     images = images.to(device)
     if args.batch_size > len(images):
         raise ValueError(f"--batch-size {args.batch_size} is more than the {len(images):,} images of {name}")
@@ -163,7 +211,7 @@ def main():
             raise ValueError(f"{args.timesteps} timesteps of the {args.beta_schedule} schedule do not end in pure noise "
                              f"(alpha_bar = {schedule.alphas_cumprod[-1]:.3g}): take more of them, or the cosine schedule")
         config = dict(SIZES[args.size], input_channels=channels, output_channels=channels, side=side)
-        model = NFDenoiser(**config, alphas_cumprod=schedule.alphas_cumprod)
+        model = NFDenoiser(**config, alphas_cumprod=schedule.alphas_cumprod, spectrum=power_spectrum(images).cpu())
         settings = dict(timesteps=args.timesteps, beta_schedule=args.beta_schedule)
     else:
         if images[0].numel() != 784:
@@ -202,13 +250,16 @@ def main():
         corrupt = lambda clean: clean
     else:
         corrupt = lambda clean: corruption.NOISES[args.noise][0](clean, args.noise_param)
-    run_model = torch.compile(model) if args.compile else model
+    objective = Objective(torch.compile(model) if args.compile else model)
+    if world > 1:  # backward() then averages the gradients over all processes
+        objective = torch.nn.parallel.DistributedDataParallel(objective, [device] if device.type == "cuda" else None)
     print(f"{args.model} {args.size if args.model == 'nf' else ''} {sum(p.numel() for p in model.parameters()):,} parameters | "
           f"{name} {len(images):,} images | batch {args.batch_size}, {steps:,} steps, lr {args.lr:g} | {device}, "
           f"{torch.get_num_threads()} threads, torch {torch.__version__}")
 
     def save(step):
-        save_checkpoint(path, dict(kind=args.model, config=config, schedule=settings, data=name, step=step, identity=identity,
+        if rank == 0:
+            save_checkpoint(path, dict(kind=args.model, config=config, schedule=settings, data=name, step=step, identity=identity,
                                    model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
                                    losses=losses[:step].cpu()))
 
@@ -216,7 +267,8 @@ def main():
     reseed = torch.cuda.manual_seed if device.type == "cuda" else torch.default_generator.manual_seed
     averages, weights = list(ema.parameters()), list(model.parameters())
     stop = []  # Ctrl-C asks for a stop after the step in hand, so that what is saved is whole
-    signal.signal(signal.SIGINT, lambda *_: stop.append(True) if not stop else sys.exit(130))
+    if world == 1:  # several processes would have to agree on a step: Ctrl-C then ends them at once
+        signal.signal(signal.SIGINT, lambda *_: stop.append(True) if not stop else sys.exit(130))
     start = shown = time.time()
     for step in range(first, steps):
         epoch, place = divmod(step, per_epoch)
@@ -228,12 +280,15 @@ def main():
 
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, args.lr)
+        if args.model == "nf":
+            keys = fixed_keys(args.seed, index, side * side) if args.masks == "fixed" else None
+            # Now and then up to all missing pixels are denoised together: whole images are sampled like that.
+            lot = random.Random(args.seed * 1_000_003 + step)
+            problems = field_problems(batch, schedule, keys, lot.choice([0.2, 0.2, 0.2, lot.uniform(0.2, 0.8)]))
+        else:
+            problems = autoencoder_problems(batch, corrupt)
         with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-            if args.model == "nf":
-                keys = fixed_keys(args.seed, index, side * side) if args.masks == "fixed" else None
-                loss = field_loss(run_model, schedule, batch, keys)
-            else:
-                loss = autoencoder_loss(run_model, batch, corrupt)
+            loss = objective(share(problems, rank, world))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -241,7 +296,7 @@ def main():
         with torch.no_grad():  # ema += (1 - decay) (model - ema), with a shorter memory at the very beginning
             decay = min(args.ema, (1 + step) / (10 + step))
             torch._foreach_lerp_(averages, weights, 1 - decay)
-        losses[step] = loss.detach()
+        losses[step] = loss.detach()  # of this process's rows
 
         # Reading a loss makes a GPU wait for it: now and then is enough.
         done, now = step + 1, time.time()
@@ -267,7 +322,10 @@ def main():
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     print(f"trained in {time.time() - start:.0f} s; checkpoint: {path}")
-    finish(args, ema, settings, losses.tolist(), test_images, folder, name)
+    if world > 1:
+        torch.distributed.destroy_process_group()
+    if rank == 0:
+        finish(args, ema, settings, losses.tolist(), test_images, folder, name)
 
 
 def finish(args, ema, settings, losses, images, folder, name):
