@@ -417,6 +417,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the masks")
     parser.error = fail
     args = parser.parse_args()
+    if not 0 <= args.seed < 2**31:
+        raise ValueError(f"--seed must be between 0 and 2147483647, got {args.seed}")
 
     name, images, labels = load_dataset(args.data, args.data_dir, train=False)
     few = images[:8]

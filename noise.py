@@ -100,6 +100,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.error = fail
     args = parser.parse_args()
+    if not 0 <= args.seed < 2**31:
+        raise ValueError(f"--seed must be between 0 and 2147483647, got {args.seed}")
     generator = torch.Generator().manual_seed(args.seed)
 
     # A clean image to spoil: one big digit, 28 x 28, drawn with the font that Pillow carries.

@@ -46,8 +46,8 @@ def linear_beta_schedule(timesteps, beta_start=0.0001, beta_end=0.02):
 
 
 def _check_timesteps(timesteps):
-    if timesteps < 1:
-        raise ValueError(f"a schedule needs at least 1 timestep, got {timesteps}")
+    if not 1 <= timesteps <= 1_000_000:
+        raise ValueError(f"a schedule needs 1 to 1,000,000 timesteps, got {timesteps}")
 
 
 class DiffusionSchedule:
@@ -55,7 +55,7 @@ class DiffusionSchedule:
 
     Every constant is a float32 tensor (T,), worked out in float64. A timestep `t` is an int or an int64 tensor (B,)
     with one entry per item of the batch; x_0, x_t and noise are (B, ...) of any further shape.
-    Raises ValueError for timesteps < 1 or an unknown beta_schedule, IndexError for an int t outside -1..T-1.
+    Raises ValueError for timesteps outside 1..1,000,000 or an unknown beta_schedule, IndexError for an int t outside -1..T-1.
     """
 
     def __init__(self, timesteps=1000, beta_schedule="cosine"):
