@@ -8,7 +8,7 @@ Were the loss against y, the noise itself would be worth copying. Against x, wha
 the noise cannot forge: the structure that clean images share. A plain autoencoder is the same network with y = x.
 After Vincent et al., "Extracting and Composing Robust Features with Denoising Autoencoders" (ICML 2008).
 
-    python autoencoder.py                      # the layers, parameters and images per second
+    python autoencoder.py                      # the layers and parameters; --bench: images per second
     python train.py --model dae                # train one; --model ae is its control
     python autoencoder.py --exercise compare   # the lab: compare, levels, types, features, progressive, blind or all
 
@@ -325,14 +325,15 @@ def progress_line(total):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--exercise", choices=[*EXERCISES, "all"], help="without it: layers, parameters and speed")
+    parser.add_argument("--exercise", choices=[*EXERCISES, "all"], help="without it: layers and parameters")
     parser.add_argument("--seeds", type=int, default=3, help="how many times each model is trained")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--data", default="auto", help="auto, mnist or glyphs")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where data sets are, or are put")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the pictures")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures of the exercises to FILE")
-    parser.add_argument("--batch-size", type=int, default=128, help="of the speed test")
+    parser.add_argument("--bench", action="store_true", help="time the parts of a training step")
+    parser.add_argument("--batch-size", type=int, default=128, help="of --bench")
     parser.error = fail
     args = parser.parse_args()
     for flag in ("seeds", "epochs", "batch_size"):
@@ -387,27 +388,59 @@ def main():
             print(f"figures: {args.json}")
         return
 
-    torch.manual_seed(0)
-    model, images = DenoisingAutoencoder(), torch.rand(args.batch_size, 784)
+    model = DenoisingAutoencoder()
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear):
             print(f"{name:10}  {layer.in_features:4d} -> {layer.out_features:4d}  "
                   f"{sum(p.numel() for p in layer.parameters()):9,} parameters")
     print(f"{'in all':25}{sum(p.numel() for p in model.parameters()):9,} parameters")
+    if args.bench:
+        bench(model, args.batch_size)
+    else:
+        print("(nothing was written; --bench measures speed, --exercise opens the lab)")
 
-    def images_per_second(work):
+
+def bench(model, batch):
+    """Print what each part of a training step costs on the CPU, and its share of the matrix products' rate."""
+    from noise import add_gaussian_noise
+    data, generator = torch.rand(60_000, 784), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9, fused=True)
+    matrix, images = torch.rand(2048, 2048), data[:batch]
+
+    def both():
+        optimizer.zero_grad()
+        F.mse_loss(model(images)[0], images).backward()
+
+    def draw():
+        nonlocal images
+        images = add_gaussian_noise(data[torch.randint(60_000, (batch,))], 0.3, generator)
+
+    def step():
+        draw()
+        both()
+        optimizer.step()
+
+    def seconds(work):
         for _ in range(3):
             work()
         start, rounds = time.perf_counter(), 0
-        while time.perf_counter() - start < 1:
+        while time.perf_counter() - start < 2:
             work()
             rounds += 1
-        return rounds * args.batch_size / (time.perf_counter() - start)
+        return (time.perf_counter() - start) / rounds
 
+    rate = 2 * 2048**3 / seconds(lambda: matrix @ matrix)
     with torch.no_grad():
-        print(f"forward             {images_per_second(lambda: model(images)):9,.0f} images/s")
-    print(f"forward + backward  {images_per_second(lambda: F.mse_loss(model(images)[0], images).backward()):9,.0f} images/s")
-    print(f"(batches of {args.batch_size}, {torch.get_num_threads()} threads; nothing was written)")
+        forward = seconds(lambda: model(images))
+    times = {work.__name__: seconds(work) for work in (both, draw, step)} | {"optimiser": seconds(optimizer.step)}
+    weights = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    first = model.encoder[0].weight.numel()  # its input needs no gradient
+    for name, each, count in (("forward", forward, 2 * weights), ("forward + backward", times["both"], 6 * weights - 2 * first)):
+        print(f"{name:20}{1e3 * each:8.2f} ms {batch / each:10,.0f} images/s {count * batch / each / rate:5.0%} of the matmul rate "
+              f"({rate / 1e9:.0f} GFLOP/s)")
+    print(f"{'whole training step':20}{1e3 * times['step']:8.2f} ms {batch / times['step']:10,.0f} images/s; data and noise "
+          f"{times['draw'] / times['step']:.0%}, optimiser {times['optimiser'] / times['step']:.0%} of it; batches of {batch}, "
+          f"{torch.get_num_threads()} threads")
 
 
 def fail(message):
