@@ -339,10 +339,12 @@ def main():
     for flag in ("seeds", "epochs", "batch_size"):
         if getattr(args, flag) < 1:
             raise ValueError(f"--{flag.replace('_', '-')} must be at least 1, got {getattr(args, flag)}")
+    if args.batch_size > 60_000:
+        raise ValueError(f"--batch-size must be at most 60000, got {args.batch_size}")
     if args.data not in ("auto", "mnist", "glyphs"):
         raise ValueError(f"the autoencoders take 28 x 28 grey images: --data auto, mnist or glyphs, not {args.data}")
 
-    if args.exercise:  # the only place that needs the files beside this one
+    if args.exercise:  # this and --bench need the files beside this one
         from data import image_grid, load_dataset
         from noise import NOISES, add_mixed_noise
         from sample import heat
@@ -402,7 +404,10 @@ def main():
 
 def bench(model, batch):
     """Print what each part of a training step costs on the CPU, and its share of the matrix products' rate."""
-    from noise import add_gaussian_noise
+    try:
+        from noise import add_gaussian_noise
+    except ImportError:
+        raise ValueError("--bench needs the files beside this one: run it in the repository") from None
     data, generator = torch.rand(60_000, 784), torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9, fused=True)
     matrix, images = torch.rand(2048, 2048), data[:batch]
@@ -436,9 +441,9 @@ def bench(model, batch):
     weights = sum(p.numel() for p in model.parameters() if p.dim() == 2)
     first = model.encoder[0].weight.numel()  # its input needs no gradient
     for name, each, count in (("forward", forward, 2 * weights), ("forward + backward", times["both"], 6 * weights - 2 * first)):
-        print(f"{name:20}{1e3 * each:8.2f} ms {batch / each:10,.0f} images/s {count * batch / each / rate:5.0%} of the matmul rate "
-              f"({rate / 1e9:.0f} GFLOP/s)")
-    print(f"{'whole training step':20}{1e3 * times['step']:8.2f} ms {batch / times['step']:10,.0f} images/s; data and noise "
+        print(f"{name:20}{1e3 * each:8.2f} ms {batch / each:10,.0f} images/s {count * batch / each / rate:5.0%} of the matmul "
+              f"rate ({rate / 1e9:.0f} GFLOP/s)")
+    print(f"{'train_autoencoder step':22}{1e3 * times['step']:8.2f} ms {batch / times['step']:10,.0f} images/s; data and noise "
           f"{times['draw'] / times['step']:.0%}, optimiser {times['optimiser'] / times['step']:.0%} of it; batches of {batch}, "
           f"{torch.get_num_threads()} threads")
 

@@ -22,6 +22,7 @@ features (Tancik et al., 2020, arXiv 2006.10739). This file needs nothing but to
 """
 import argparse
 import math
+import random
 import sys
 import time
 
@@ -91,7 +92,8 @@ class Attention(nn.Module):
     def forward(self, x, context, bias=None):
         split = lambda y: y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, N, dim) -> (B, heads, N, d)
         k, v = self.to_kv(context).chunk(2, dim=-1)
-        y = F.scaled_dot_product_attention(split(self.to_q(x)), split(k), split(v), attn_mask=bias,
+        q = split(self.to_q(x))
+        y = F.scaled_dot_product_attention(q, split(k), split(v), None if bias is None else bias.to(q.dtype),
                                            dropout_p=self.dropout if self.training else 0.0)
         return self.to_out(y.transpose(1, 2).flatten(2))  # (B, heads, N, d) -> (B, N, dim)
 
@@ -199,7 +201,8 @@ class GaussianField:
     """
 
     def __init__(self, input_coords, input_values, output_coords, covariance=exponential):
-        self.input_coords, self.output_coords, self.covariance, self.eigen = input_coords, output_coords, covariance, None
+        self.input_coords, self.output_coords, self.covariance = input_coords, output_coords, covariance
+        self.cached = self.eigen = None
         k_ii = covariance(input_coords, input_coords)
         k_ii.diagonal(dim1=1, dim2=2).add_(NUGGET)
         self.chol = torch.linalg.cholesky(k_ii)
@@ -213,15 +216,15 @@ class GaussianField:
     def between(self):
         """What outputs and inputs have to do with each other, worked out when it is first asked for.
 
-        (half, given, kriging): L^-1 K_io (B, N_in, N_out), the outputs' covariance given the inputs (B, N_out, N_out),
-        and their mean (B, N_out, C).
+        (half, given, expected): L^-1 K_io (B, N_in, N_out), the outputs' covariance given the inputs (B, N_out, N_out),
+        and their mean given the inputs (B, N_out, C).
         """
-        if not hasattr(self, "known"):
+        if self.cached is None:
             k_io = self.covariance(self.input_coords, self.output_coords)            # (B, N_in, N_out)
             half = torch.linalg.solve_triangular(self.chol, k_io, upper=False)
             given = torch.baddbmm(self.covariance(self.output_coords, self.output_coords), half.mT, half, alpha=-1)
-            self.known = half, given, self.mean + k_io.mT @ self.weights
-        return self.known
+            self.cached = half, given, self.mean + k_io.mT @ self.weights
+        return self.cached
 
     def prepare(self):
         """Do once what every step of a sampler needs: with the eigenvectors of `given`, each step is a product."""
@@ -234,10 +237,10 @@ class GaussianField:
         Returns (input_weights, output_weights), of the covariance functions centred on the inputs (B, N_in, C) and the
         outputs (B, N_out, C): their sum, plus `mean`, is E[x_0 | x_t, x_in] at any place.
         """
-        half, given, kriging = self.between()
+        half, given, expected = self.between()
         bar = alpha_bar[:, None, None]
         # x_t / sqrt(alpha_bar) is x_0 plus noise: (given + noise I) w = surprise, both sides times alpha_bar.
-        surprise = bar.sqrt() * (x_t - bar.sqrt() * kriging)
+        surprise = bar.sqrt() * (x_t - bar.sqrt() * expected)
         noise = ((1 - bar) / self.variance).clamp(min=1e-4)                          # (B, 1, C)
         if self.eigen:
             values, vectors = self.eigen
@@ -322,13 +325,18 @@ class NFDenoiser(nn.Module):
         if spectrum is None:
             k = torch.arange(side)
             spectrum = (4.0 + k[:, None] ** 2 + k**2) ** -1.5
-        self.register_buffer("spectrum", (spectrum / spectrum.mean()).float())
+        self.register_buffer("spectrum", (spectrum / spectrum.mean()).float().cpu())
         # The cosine transform of three channels is that of our eyes: brightness, red against blue, green against both.
         self.register_buffer("colours", cosines(torch.arange(input_channels), input_channels), persistent=False)
-        # What follows from the spectrum: the covariance of each point of the lattice with each other.
-        waves = cosines(torch.arange(side), side)
-        waves = torch.kron(waves, waves)                                             # (side^2 points, side^2 waves)
-        self.register_buffer("table", waves * self.spectrum.flatten() @ waves.T, persistent=False)
+        self.register_buffer("table", torch.empty(0), persistent=False)
+        self.tabulate()
+        self.register_load_state_dict_post_hook(lambda module, _: module.tabulate())
+
+    def tabulate(self):
+        """What follows from the spectrum: the covariance of each point of the lattice with each other."""
+        basis = cosines(torch.arange(self.side, device=self.spectrum.device), self.side)
+        basis = torch.kron(basis, basis)                                             # (side^2 points, side^2 waves)
+        self.table = basis * self.spectrum.flatten() @ basis.T
 
     def covariance(self, a, b):
         """Of the field whose cosine waves have the variances `spectrum`: (B, N, 2), (B, M, 2) -> (B, N, M)."""
@@ -364,7 +372,8 @@ class NFDenoiser(nn.Module):
     @torch.no_grad()
     def prepare(self, output_coords, input_coords, input_values):
         """What forward works out again for every timestep of a sampler: hand it over as `field`, with the same pixels."""
-        return GaussianField(input_coords, input_values @ self.colours, output_coords, self.covariance).prepare()
+        with torch.autocast(input_values.device.type, enabled=False):
+            return GaussianField(input_coords, input_values @ self.colours, output_coords, self.covariance).prepare()
 
     def forward(self, noisy_output_values, output_coords, t, input_coords, input_values, pure_noise=False, field=None):
         """Predict the clean output values.
@@ -373,7 +382,7 @@ class NFDenoiser(nn.Module):
         N_in >= 1; t: int64 (B,) in 0..T-1; input_values (B, N_in, C): clean, never noised. Values live in [-1, 1].
         pure_noise: x_t is known to say nothing (the last timestep), which saves work; field: what `prepare` gave for
         these pixels, likewise.
-        Returns x_0_hat (B, N_out, C). Raises ValueError for shapes that do not fit together.
+        Returns x_0_hat (B, N_out, C). Raises ValueError where coordinates and values do not match, or N_in is 0.
         """
         if input_coords.shape[1] < 1 or input_coords.shape[:2] != input_values.shape[:2] \
                 or output_coords.shape[:2] != noisy_output_values.shape[:2]:
@@ -393,7 +402,8 @@ class NFDenoiser(nn.Module):
                 waves = self.waves(input_coords, input_weights) + self.waves(output_coords, output_weights)
             mean = field.mean + self.at(waves, output_coords)
             lattice = cosines(torch.arange(self.side, device=waves.device), self.side)
-            image = lattice @ waves @ lattice.T / field.variance.mean((1, 2))[:, None, None, None].sqrt()  # (B, C, side, side)
+            size = field.variance.mean((1, 2))[:, None, None, None].sqrt()
+            image = lattice @ waves @ lattice.T / size                               # (B, C, side, side)
             image = torch.cat([image, known, asked, bar[..., None].sqrt().expand_as(known)], dim=1)
             # How far x_0 may be from that mean: 7% of the field's variance given the inputs, less given x_t as well.
             variance = 0.07 * field.variance
@@ -410,9 +420,11 @@ class NFDenoiser(nn.Module):
             latents = perceiver.encode(inputs)
         else:  # a noisy pixel is attended to by as much as it knows: log(alpha_bar) takes it out where that is nothing
             bias = alpha_bar.log()[:, None].expand(-1, outputs.shape[1])
-            bias = torch.cat([torch.zeros_like(input_coords[..., 0]), bias], dim=1)[:, None, None, :].to(outputs.dtype)
+            bias = torch.cat([torch.zeros_like(input_coords[..., 0]), bias], dim=1)[:, None, None, :]
             latents = perceiver.encode(torch.cat([inputs, outputs], dim=1), bias)
-        return (mean + std * perceiver.decode(outputs, latents)) @ self.colours.T
+        answer = perceiver.decode(outputs, latents).float()
+        with torch.autocast(answer.device.type, enabled=False):
+            return (mean + std * answer) @ self.colours.T
 
 
 def flops(work):
@@ -437,25 +449,31 @@ def seconds(work, device, at_least=1.0):
 
 def bench(size, batch, device):
     """Print what each part of a training step costs, and what sampling saves."""
-    from sample import ddim_sample
-    from schedule import DiffusionSchedule
-    from train import Objective, field_problems
+    try:
+        from sample import ddim_sample
+        from schedule import DiffusionSchedule
+        from train import Objective, field_problems, output_ratio
+    except ImportError:
+        raise ValueError("--bench needs the files beside this one: run it in the repository") from None
     torch.manual_seed(0)
     schedule = DiffusionSchedule().to(device)
     model = NFDenoiser(**SIZES[size], alphas_cumprod=schedule.alphas_cumprod).to(device)
     objective, average = Objective(model), [p.detach().clone() for p in model.parameters()]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9, fused=True)
     images = torch.randint(0, 256, (batch, 3, 32, 32), dtype=torch.uint8, device=device)
-    draw = lambda: field_problems(images, schedule)
-    problems = draw()
+    lot, mixed = random.Random(0), torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
+    draw = lambda: field_problems(images, schedule, None, output_ratio(lot))
+    problems = field_problems(images, schedule)
 
     def forward():
-        with torch.no_grad():
+        with torch.no_grad(), mixed:
             objective(problems)
 
     def both():
         optimizer.zero_grad()
-        objective(problems).backward()
+        with mixed:
+            loss = objective(problems)
+        loss.backward()
 
     def optimise():
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -470,17 +488,19 @@ def bench(size, batch, device):
 
     matrix = torch.rand(2048, 2048, device=device)
     rate = 2 * 2048**3 / seconds(lambda: matrix @ matrix, device)
-    print(f"{size}: {sum(p.numel() for p in model.parameters()):,} parameters, batches of {batch}, float32, {device}, "
+    print(f"{size}: {sum(p.numel() for p in model.parameters()):,} parameters, batches of {batch}, {device}, "
           f"{torch.get_num_threads()} threads, matmul {rate / 1e9:.0f} GFLOP/s")
-    times = {work.__name__: seconds(work, device, 3.0) for work in (forward, both, step, optimise)}
+    times = {work.__name__: seconds(work, device, 3.0) for work in (forward, both, optimise)}
     times["draw"] = seconds(draw, device)
     for name, work in (("forward", forward), ("forward + backward", both)):
         count, each = flops(work), times[work.__name__]
         print(f"  {name:20}{1e3 * each:9.1f} ms {batch / each:8.2f} images/s {count / batch / 1e9:8.3f} GFLOP an image "
               f"{count / each / rate:5.0%} of the matmul rate")
-    print(f"  {'whole training step':20}{1e3 * times['step']:9.1f} ms {batch / times['step']:8.2f} images/s; drawing data, masks "
-          f"and noise {times['draw'] / times['step']:.1%}, optimiser and average {times['optimise'] / times['step']:.1%} of it")
+    times["step"] = seconds(step, device, 8.0)  # long enough for every kind of batch
+    print(f"  {'whole training step':20}{1e3 * times['step']:9.1f} ms {batch / times['step']:8.2f} images/s; of it drawing data, "
+          f"masks, noise {times['draw'] / times['step']:.1%}, optimiser and average {times['optimise'] / times['step']:.1%}")
     model.eval()
+    problems = field_problems(images, schedule)
     inputs, one = problems[-1][0], len(problems[-1][1])
     given = [inputs[name] for name in ("output_coords", "input_coords", "input_values")]
     with torch.no_grad():
@@ -519,9 +539,10 @@ def main():
     for size, config in SIZES.items():
         model = NFDenoiser(**config)
         count = flops(lambda: model(values[:, 204:], coords[:, 204:], torch.tensor([500]), coords[:, :204], values[:, :204]))
-        print(f"{size}: {sum(p.numel() for p in model.parameters()):,} parameters, {count / 1e9:.3f} GFLOP for 204 pixels from 204")
-        for name, part in [*model.named_children(), *model.perceiver.named_children()]:
-            print(f"  {name:20}{sum(p.numel() for p in part.parameters()):12,}")
+        parameters = lambda part: sum(p.numel() for p in part.parameters())
+        print(f"{size}: {parameters(model):,} parameters, {count / 1e9:.3f} GFLOP for 204 pixels from 204, namely")
+        for name, part in [*model.named_children(), *((f"  {n}", p) for n, p in model.perceiver.named_children())]:
+            print(f"  {name:20}{parameters(part):12,}")
     print("(nothing was written; --bench measures speed)")
 
 
@@ -536,3 +557,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as problem:
         fail(problem)
+    except KeyboardInterrupt:
+        raise SystemExit(130)

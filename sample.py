@@ -1,6 +1,6 @@
 """Use a trained model: sample from it, measure it beside the classical alternatives, draw what it does.
 
-    python sample.py                                   # the newest checkpoint below out/, or the shipped one: a grid, a table
+    python sample.py                                   # the newest checkpoint below out/, or the shipped one
     python sample.py out/nf/checkpoint.pt --evaluate   # 1,000 test images: MSE, MAE, PSNR, SSIM of every method
     python sample.py --sampler ddim --steps 20 --eta 1 # fewer steps, DDPM's noise;  --sampler ddpm walks all of them
     python sample.py --full --gif                      # every missing pixel as one joint sample; denoising animated
@@ -18,7 +18,7 @@ PSNR is -10 log10(mean squared error over all images), values in [0, 1]. SSIM: W
 import argparse
 import json
 import math
-import sys
+import os
 import time
 import warnings
 import zipfile
@@ -46,7 +46,7 @@ def ddim_sample(model, schedule, output_coords, input_coords, input_values, num_
 
     model(x_t, output_coords, t, input_coords, input_values) -> x_0_hat; output_coords (B, N_out, 2), input_coords
     (B, N_in, 2), input_values (B, N_in, C) in the model's range, never changed. eta: 0 is deterministic given the first
-    noise, 1 is as random as DDPM. on_step(t, x_t, x_0_hat) is called after every step.
+    noise, 1 is as random as DDPM. A model with a method `prepare` is given what that returns as `field`. on_step(t, x_t, x_0_hat) is called after every step.
     Returns (B, N_out, C), not clamped. Raises ValueError for num_steps outside 1..T or eta outside [0, 1].
     """
     if not 0 <= eta <= 1:
@@ -86,7 +86,8 @@ def _randn(shape, like, generator):
 def one_step_mean(model, schedule, output_coords, input_coords, input_values, generator=None, chunk=1024):
     """The model's estimate of E[x_0 | x_in]: its prediction at the last timestep from pure noise, (B, N_out, C).
 
-    At that timestep an output says nothing about the others, so any number of them is asked in chunks.
+    At that timestep an output says nothing about the others, so any number of them is asked in chunks. The model is told
+    so: pure_noise=True.
     """
     parts = []
     for coords in output_coords.split(chunk, dim=1):
@@ -333,12 +334,13 @@ def load_checkpoint(path, device="cpu"):
     """
     file = open(path, "rb")
     try:
-        with file, zipfile.ZipFile(file) as archive:  # torch does not compare checksums: a flipped bit would be a wrong weight
+        with file, zipfile.ZipFile(file) as archive:  # torch would take a flipped bit for a weight
             if (damaged := archive.testzip()) is not None:
                 raise ValueError(f"{damaged} is damaged")
             file.seek(0)
-            checkpoint = torch.load(file, map_location=device, weights_only=True)
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         kind, _, _, _ = (checkpoint[key] for key in ("kind", "step", "data", "schedule"))
+        _ = kind == "nf" and (checkpoint["config"]["input_channels"], checkpoint["config"]["side"])
         measured = {name: checkpoint["ema"][name] for name in ("alphas_cumprod", "spectrum")} if kind == "nf" else {}
         model = (NFDenoiser if kind == "nf" else DenoisingAutoencoder)(**checkpoint["config"], **measured)
         model.load_state_dict(checkpoint["ema"])
@@ -346,6 +348,21 @@ def load_checkpoint(path, device="cpu"):
         reason = str(problem).strip().split("\n")[0][:120]
         raise ValueError(f"{path} is not a checkpoint of train.py ({type(problem).__name__}: {reason})") from None
     return model.to(device).eval(), checkpoint
+
+
+def save_checkpoint(path, checkpoint):
+    """Write to a temporary file, flush it to the disk, rename: the old checkpoint lives until the new one is whole."""
+    temporary = path.with_suffix(".part")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except RuntimeError as problem:  # what torch.save makes of a full disk
+        raise OSError(f"cannot write {path}: {str(problem).splitlines()[0]}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def pick_device(name):
@@ -461,7 +478,7 @@ def main():
         raise ValueError("--steps is for DDIM; DDPM walks all timesteps (--sampler ddim --eta 1 is DDPM in fewer steps)")
     for flag, value, good, want in (("--eta", args.eta, 0 <= args.eta <= 1, "between 0 and 1"),
                                     ("--scale", args.scale, 1 <= args.scale <= 16, "between 1 and 16"),
-                                    ("--samples", args.samples, args.samples is None or args.samples >= 2, "at least 2"),
+                                    ("--samples", args.samples, args.samples is None or 2 <= args.samples <= 1000, "2 to 1000"),
                                     ("--seed", args.seed, 0 <= args.seed < 2**31, "between 0 and 2147483647"),
                                     ("--evaluate", args.evaluate, args.evaluate in (None, -1) or args.evaluate > 0, "at least 1")):
         if not good:
@@ -489,7 +506,7 @@ def main():
         small = {key: checkpoint[key] for key in ("kind", "config", "schedule", "data", "step", "ema")}
         # Weights in half precision: half the file, and less than 0.001 dB. (Not the buffers: alpha_bar_T would become 0.)
         weights = {name: p.half() for name, p in model.named_parameters()}
-        torch.save({**small, "ema": {**small["ema"], **weights}}, args.export)
+        save_checkpoint(args.export, {**small, "ema": {**small["ema"], **weights}})
         print(f"exported: {args.export}")
 
     start = time.time()

@@ -586,9 +586,13 @@ def test_time_marker_and_x_t_reach_the_network():
     model.perceiver.decode = lambda queries, latents: (seen.append((queries, latents)), decode(queries, latents))[1]
     t = torch.tensor([400, 600])
     with torch.no_grad():
-        model(x, out, t, coords, values)
         moved = x.clone()
-        moved[:, 4] += 1  # the noisy value of one output pixel: its own query must change
+        moved[:, 4] += 1  # the noisy value of one output pixel: its own query must change, and not through the Gaussian field
+        for values_ in (x, moved):
+            model(values_, out, t, coords, values, pure_noise=True)
+        assert (seen[1][0] - seen[0][0])[:, 4].abs().max() > 0.01 and torch.equal(seen[1][0][:, 5:], seen[0][0][:, 5:])
+        seen.clear()
+        model(x, out, t, coords, values)
         model(moved, out, t, coords, values)
         (q0, l0), (q1, l1) = seen
         assert (q1 - q0)[:, 4].abs().min(dim=0)[0].max() > 0.01 and (l1 - l0).abs().max() > 1e-6
@@ -670,7 +674,23 @@ def test_the_measured_field_against_numpy():
         close(model.covariance(p, q)[0], torch.from_numpy(covariance(p[0].double().numpy(), q[0].double().numpy())), 2e-4)
     weights = torch.randn(1, 3, 2)
     close(model.at(model.waves(a, weights), b), model.covariance(b, a) @ weights, 1e-3)
-    close(model.covariance(a, a).diagonal(dim1=1, dim2=2).mean(), 1, 0.6)
+    again = tiny_field()
+    again.load_state_dict(model.state_dict())  # the table follows the spectrum that is loaded
+    assert torch.equal(again.table, model.table) and not torch.equal(again.table, tiny_field().table)
+    close(model.table.diagonal().mean(), 1, 1e-4)  # variance 1, on average over the image
+
+
+def test_perceiver_alone():
+    torch.manual_seed(0)
+    net = nf_denoiser.PerceiverIO(3, 2, num_latents=4, latent_dim=16, num_fourier_feats=8, num_blocks=2, num_heads=2).eval()
+    _, out, _, coords, values = random_problem()
+    p = torch.randperm(30)
+    with torch.no_grad():
+        y = net(coords, values, out)
+        assert y.shape == (2, 20, 2) and y.std() > 0.01
+        close(net(coords[:, p], values[:, p], out), y, 1e-5)   # the input is a set
+        close(net(coords, values, out[:, 5:6]), y[:, 5:6], 1e-5)  # and every query is answered on its own
+        assert (net(coords, values + 1, out) - y).abs().max() > 1e-4
 
 
 def test_occupancy_is_shared_between_lattice_points():
@@ -1073,7 +1093,9 @@ def test_kill_9_at_any_moment_loses_nothing():
                 time.sleep(0.005)  # until this process has saved something
             time.sleep(rng.uniform(0, 0.15))
             process.kill()
-            if process.wait() == 0:
+            code = process.wait()
+            assert code in (0, -signal.SIGKILL), (root / "log").read_text()
+            if code == 0:
                 break  # it was too fast for us, and is done
             killed, resume = killed + 1, "--resume"
             assert sample.load_checkpoint(path)[1]["step"] >= 1
@@ -1127,7 +1149,9 @@ def test_two_processes_train_as_one():
             assert start_training(root, f"{flags}/{name} --steps 3 --resume", *before).wait(200) == 0, (root / "log").read_text()
         one, two = (torch.load(root / name / "nf" / "checkpoint.pt", weights_only=True) for name in ("one", "two"))
         assert one["step"] == two["step"] == 3
-        assert max((one["model"][name] - two["model"][name]).abs().max().item() for name in one["model"]) < 0.01
+        for i, state in one["optimizer"]["state"].items():
+            difference = (state["exp_avg"] - two["optimizer"]["state"][i]["exp_avg"]).norm() / state["exp_avg"].norm()
+            assert difference < 0.05, (i, difference)  # other rounding, the same path
         # A worker dies: the whole job ends, not with 0, and the checkpoint can be read.
         path = root / "three" / "nf" / "checkpoint.pt"
         process = start_training(root, f"{flags}/three --steps 5000 --save-every 1", *torchrun)
@@ -1175,7 +1199,7 @@ def test_a_thousand_damaged_files():
         mnist.mkdir(parents=True)
         model = tiny_field()
         torch.save(dict(kind="nf", step=1, data="leaves", schedule={}, ema=model.state_dict(), config=dict(
-            num_latents=8, latent_dim=32, num_fourier_feats=8, num_blocks=1, num_heads=2, dropout=0.0, widths=(8, 8))), root / "good.pt")
+            input_channels=3, output_channels=3, side=32, num_latents=8, latent_dim=32, num_fourier_feats=8, num_blocks=1, num_heads=2, dropout=0.0, widths=(8, 8))), root / "good.pt")
         picture = io.BytesIO()
         Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(picture, "PNG")
         originals = dict(cifar=records, idx=idx[0], gzip=gzip.compress(idx[0]), checkpoint=(root / "good.pt").read_bytes(),
@@ -1277,6 +1301,13 @@ def test_the_same_seed_gives_the_same_picture_in_a_new_process():
         Image.new("RGB", (50, 90), "red").save(root / "photo.jpg")
         code, out, err = run_main(sample, f"--image {root}/photo.jpg --full --steps 2 --out {root}/out --export {root}/m.pt")
         assert code == 0 and "820 output" in out, err
+        before, after = (sample.load_checkpoint(path)[0].state_dict() for path in (root / "out" / "nf" / "checkpoint.pt", root / "m.pt"))
+        assert max((before[name] - after[name]).abs().max() for name in before) < 1e-3 and not torch.equal(
+            before["perceiver.latents"], after["perceiver.latents"]) and torch.equal(before["alphas_cumprod"], after["alphas_cumprod"])
+        (root / "again" / "nf").mkdir(parents=True)
+        shutil.copy(root / "m.pt", root / "again" / "nf" / "checkpoint.pt")
+        code, out, err = run_main(train, f"--data leaves --data-dir {root}/data --batch-size 4 --resume --out {root}/again")
+        assert code == 2 and "exported" in err, err
         for flag in ("--input-ratio 0", "--input-ratio 1", "--input-ratio nan", "--input-ratio 0.9", "--input-ratio 0.2 -1", "--steps 0",
                      "--steps 1001", "--samples 1", "--evaluate 0", "--evaluate 17", "--scale 17", "--scale x", "--seed -1", "--eta nan"):
             code, out, err = run_main(sample, f"{root}/m.pt --data-dir {root}/data --out {root}/out {flag}")
@@ -1333,7 +1364,7 @@ def test_bad_input_gets_one_line_and_exit_code_2():
                                  "--steps -1", "--steps x", "--steps 1.5", "--epochs 0", "--batch-size 0", "--batch-size 3", "--save-every 0",
                                  "--evaluate 0", "--timesteps -5", "--timesteps 10000000000", "--lr inf", "--lr -1", "--ema nan",
                                  "--ema 1", "--seed 99999999999999999999", "--model dae --size small", "--model ae --masks fixed",
-                                 "--model ae --timesteps 50", "--model dae --data glyphs --noise-param nan", "--model dae --noise mixed --noise-param 1")),
+                                 "--model ae --timesteps 50", "--steps 99999999999", "--batch-size 1", "--model dae --data glyphs --noise-param nan", "--model dae --noise mixed --noise-param 1")),
                              (noise, "--seed -1"), (noise, "--seed 99999999999999999999"), (data, f"--data leaves --seed -1 {d}"),
                              (schedule, "--timesteps 10000000000"), (nf_denoiser, "--bench --batch-size 1")):
             with patched(sample, SHIPPED=root / "none.pt"):

@@ -14,7 +14,9 @@ One loop for all three: take clean images, corrupt them, compare what the model 
     ae     loss = mean (g(f(x)) - x)^2
 
 Whatever is random in step n is drawn from a generator seeded with (seed, n): nothing but the step number is needed to
-go on with a stopped run, on a CPU bit for bit. Every process draws it for the whole batch, and takes its own rows. Below out/MODEL: checkpoint.pt, loss.csv, loss.png, samples.png and results.json.
+go on with a stopped run, on a CPU bit for bit. Every process draws it for the whole batch, and takes its own rows.
+
+Below out/MODEL: checkpoint.pt, loss.csv, loss.png, samples.png and results.json.
 """
 import argparse
 import copy
@@ -34,11 +36,11 @@ import noise as corruption
 from autoencoder import DenoisingAutoencoder
 from data import DATASETS, fail, fixed_keys, load_dataset, sparse_split
 from nf_denoiser import SIZES, NFDenoiser, power_spectrum
-from sample import load_checkpoint, pick_device, report, write_json
+from sample import load_checkpoint, pick_device, report, save_checkpoint, write_json
 from schedule import DiffusionSchedule, line_chart
 
 RECIPES = {  # batch size, peak learning rate, decay of the weights' moving average, and how long: steps or epochs
-    "nf small": dict(batch_size=32, lr=3e-3, ema=0.998, steps=1600),
+    "nf small": dict(batch_size=32, lr=3e-3, ema=0.998, steps=1250),
     "nf full": dict(batch_size=64, lr=1e-4, ema=0.9999, epochs=100),
     "ae": dict(batch_size=128, lr=3e-3, ema=0.998, epochs=10),
 }
@@ -89,19 +91,9 @@ class Objective(torch.nn.Module):
         return sum(F.mse_loss(x, clean) * len(clean) / total for x, (_, clean) in zip(answers, problems))
 
 
-def save_checkpoint(path, checkpoint):
-    """Write to a temporary file, flush it to the disk, rename: the old checkpoint lives until the new one is whole."""
-    temporary = path.with_suffix(".part")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except RuntimeError as problem:  # what torch.save makes of a full disk
-        raise OSError(f"cannot write {path}: {str(problem).splitlines()[0]}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+def output_ratio(lot):
+    """The share of pixels to denoise together: a fifth, now and then up to all that are missing, as in whole images."""
+    return lot.choice([0.2, 0.2, 0.2, lot.uniform(0.2, 0.8)])
 
 
 def learning_rate(step, steps, peak):
@@ -138,6 +130,8 @@ def parse_arguments():
     parser.add_argument("--evaluate", type=int, default=200, help="test images in the closing table of nf")
     parser.error = fail
     args = parser.parse_args()
+    if args.device.startswith("cuda") and "LOCAL_RANK" in os.environ:
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"  # under torchrun, a GPU for each process
     args.device = pick_device(args.device)
     for flag, value in (("--size", args.size if args.size != "auto" else None), ("--masks", args.masks),
                         ("--beta-schedule", args.beta_schedule), ("--timesteps", args.timesteps)):
@@ -160,12 +154,11 @@ def parse_arguments():
         raise ValueError("--noise-param is for --model dae with --noise gaussian, salt_pepper or masking")
     if args.noise_param is None and args.noise in corruption.NOISES:
         args.noise_param = corruption.NOISES[args.noise][1]
-    for flag, least in (("batch_size", 1), ("steps", 1), ("epochs", 1), ("timesteps", 1), ("save_every", 1), ("evaluate", 1), ("seed", 0)):
-        value = getattr(args, flag)
-        if value is not None and value < least:
-            raise ValueError(f"--{flag.replace('_', '-')} must be at least {least}, got {value}")
-    if args.seed >= 2**31:
-        raise ValueError(f"--seed must be below 2147483648, got {args.seed}")
+    for flag in ("batch_size", "steps", "epochs", "timesteps", "save_every", "evaluate"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            raise ValueError(f"--{flag.replace('_', '-')} must be at least 1, got {getattr(args, flag)}")
+    if not 0 <= args.seed < 2**31:
+        raise ValueError(f"--seed must be between 0 and 2147483647, got {args.seed}")
     if not 0 < args.lr < math.inf or not 0 <= args.ema < 1:
         raise ValueError(f"--lr must be above 0 and --ema between 0 and 1, got {args.lr} and {args.ema}")
     return args
@@ -177,21 +170,21 @@ def main():
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device, folder = args.device, args.out / args.model
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
     if world > 1:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if rank:
             sys.stdout = open(os.devnull, "w")  # one process speaks for all
-    parts = world * (2 if args.model == "nf" and args.batch_size > 1 else 1)
+    parts = world * (2 if args.model == "nf" else 1)
     if args.batch_size % parts:
-        raise ValueError(f"--batch-size {args.batch_size} cannot be shared out: it must be a multiple of {parts}")
+        raise ValueError(f"--batch-size must be a multiple of {parts}, got {args.batch_size}: every process takes the same "
+                         f"number of rows, and of nf one half of them is at the last timestep")
     path = folder / "checkpoint.pt"
 
     # Data: the whole training set as one uint8 tensor on the device; a batch is an index into it.
     real = "cifar10" if args.model == "nf" else "mnist"
-    for turn in (True, False):  # process 0 fetches what is missing, the others find it there
-        if turn == (rank == 0):
+    for turn in (True, False):  # the first process of a machine fetches what is missing, the others find it there
+        if turn == (int(os.environ.get("LOCAL_RANK", 0)) == 0):
             name, images, _ = load_dataset(args.data, args.data_dir, train=True, real=real)
             test_images = load_dataset(name, args.data_dir, train=False)[1]  # now, so that nothing is missing in the end
         if world > 1:
@@ -201,6 +194,8 @@ def main():
         raise ValueError(f"--batch-size {args.batch_size} is more than the {len(images):,} images of {name}")
     per_epoch = len(images) // args.batch_size
     steps = args.steps or args.epochs * per_epoch
+    if steps > 10**7:
+        raise ValueError(f"{steps:,} steps are more than this is made for (10,000,000)")
 
     # Model, its moving average, optimiser.
     torch.manual_seed(args.seed)
@@ -221,7 +216,8 @@ def main():
     model.to(device)
     schedule.to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01 if args.model == "nf" else 0.0, fused=True)
+    weight_decay = 0.01 if args.model == "nf" else 0.0
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=weight_decay, fused=True)
     losses, first = torch.zeros(steps, device=device), 0
     # What a resumed run must share with the run it goes on with.
     identity = dict(model=args.model, data=name, noise=args.noise, noise_param=args.noise_param, batch_size=args.batch_size,
@@ -230,12 +226,12 @@ def main():
         if not path.exists():
             raise ValueError(f"nothing to resume: there is no {path}")
         _, checkpoint = load_checkpoint(path, device)
+        if "optimizer" not in checkpoint:
+            raise ValueError(f"{path} was exported for sampling: it cannot be resumed")
         changed = [f"{key} {checkpoint.get('identity', {}).get(key)} -> {value}" for key, value in identity.items()
                    if checkpoint.get("identity", {}).get(key) != value]
         if changed:
             raise ValueError(f"{path} was trained with other settings ({', '.join(changed)}): use those, or another --out")
-        if "optimizer" not in checkpoint:
-            raise ValueError(f"{path} was exported for sampling: it cannot be resumed")
         model.load_state_dict(checkpoint["model"])
         ema.load_state_dict(checkpoint["ema"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -252,16 +248,18 @@ def main():
         corrupt = lambda clean: corruption.NOISES[args.noise][0](clean, args.noise_param)
     objective = Objective(torch.compile(model) if args.compile else model)
     if world > 1:  # backward() then averages the gradients over all processes
-        objective = torch.nn.parallel.DistributedDataParallel(objective, [device] if device.type == "cuda" else None)
-    print(f"{args.model} {args.size if args.model == 'nf' else ''} {sum(p.numel() for p in model.parameters()):,} parameters | "
+        objective = torch.nn.parallel.DistributedDataParallel(objective, [device] if device.type == "cuda" else None,
+                                                              broadcast_buffers=False)  # they are constants
+    count = sum(p.numel() for p in model.parameters())
+    print(f"{args.model} {args.size if args.model == 'nf' else ''} {count:,} parameters | "
           f"{name} {len(images):,} images | batch {args.batch_size}, {steps:,} steps, lr {args.lr:g} | {device}, "
           f"{torch.get_num_threads()} threads, torch {torch.__version__}")
 
     def save(step):
         if rank == 0:
-            save_checkpoint(path, dict(kind=args.model, config=config, schedule=settings, data=name, step=step, identity=identity,
-                                   model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
-                                   losses=losses[:step].cpu()))
+            save_checkpoint(path, dict(kind=args.model, config=config, schedule=settings, data=name, step=step,
+                                       identity=identity, model=model.state_dict(), ema=ema.state_dict(),
+                                       optimizer=optimizer.state_dict(), losses=losses[:step].cpu()))
 
     # (torch.manual_seed would do, but it seeds every kind of device there may be, which costs half a millisecond.)
     reseed = torch.cuda.manual_seed if device.type == "cuda" else torch.default_generator.manual_seed
@@ -273,7 +271,8 @@ def main():
     for step in range(first, steps):
         epoch, place = divmod(step, per_epoch)
         if place == 0 or step == first:
-            order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)).to(device)
+            generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
+            order = torch.randperm(len(images), generator=generator).to(device)
         reseed(args.seed * 1_000_003 + step)
         index = order[place * args.batch_size:(place + 1) * args.batch_size]
         batch = images[index]
@@ -282,11 +281,11 @@ def main():
             group["lr"] = learning_rate(step, steps, args.lr)
         if args.model == "nf":
             keys = fixed_keys(args.seed, index, side * side) if args.masks == "fixed" else None
-            # Now and then up to all missing pixels are denoised together: whole images are sampled like that.
-            lot = random.Random(args.seed * 1_000_003 + step)
-            problems = field_problems(batch, schedule, keys, lot.choice([0.2, 0.2, 0.2, lot.uniform(0.2, 0.8)]))
+            problems = field_problems(batch, schedule, keys, output_ratio(random.Random(args.seed * 1_000_003 + step)))
         else:
             problems = autoencoder_problems(batch, corrupt)
+        if world > 1:
+            reseed(args.seed * 1_000_003 + step + 1 + rank)  # for dropout: other rows, other neurons
         with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
             loss = objective(share(problems, rank, world))
         optimizer.zero_grad()
@@ -306,8 +305,8 @@ def main():
             recent = losses[max(0, done - 100):done].mean().item()
             if not (math.isfinite(recent) and all(w.sum().isfinite() for w in weights)):
                 print(end="\n" if sys.stdout.isatty() else "")
-                raise ValueError(f"the loss or a weight is no longer finite at step {done:,}: try a lower --lr; "
-                                 + (f"the checkpoint of an earlier step is in {path}" if path.exists() else "nothing was saved"))
+                kept = f"the checkpoint of an earlier step is in {path}" if path.exists() else "nothing was saved"
+                raise ValueError(f"the loss or a weight is no longer finite at step {done:,}: try a lower --lr; {kept}")
             rate = (done - first) / (now - start)
             line = (f"step {done:,} of {steps:,}  loss {recent:.5f}  {rate * args.batch_size:,.0f} images/s  "
                     f"{(steps - done) / rate:.0f} s left")
@@ -335,7 +334,8 @@ def finish(args, ema, settings, losses, images, folder, name):
     width = max(1, len(losses) // 100)  # the mean of every hundredth of the run
     starts = range(0, len(losses) - width + 1, width)
     smooth = [sum(losses[i:i + width]) / width for i in starts]
-    line_chart(f"{args.model} on {name}: training loss", {"loss": ([i + width for i in starts], smooth)}, log_y=True).save(folder / "loss.png")
+    chart = line_chart(f"{args.model} on {name}: training loss", {"loss": ([i + width for i in starts], smooth)}, log_y=True)
+    chart.save(folder / "loss.png")
     print(f"loss curve: {folder / 'loss.png'}, {folder / 'loss.csv'}")
 
     if args.model == "nf":
@@ -351,6 +351,8 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as problem:
+        if os.environ.get("RANK", "0") != "0":
+            raise SystemExit(2)  # the first process says it
         fail(problem)
     except KeyboardInterrupt:
         raise SystemExit(130)
