@@ -299,12 +299,13 @@ class NFDenoiser(nn.Module):
     """
 
     def __init__(self, input_channels=3, output_channels=3, num_latents=512, latent_dim=512, num_fourier_feats=256,
-                 num_blocks=6, num_heads=8, dropout=0.1, widths=(96, 192, 384), side=32, alphas_cumprod=None, spectrum=None):
+                 num_blocks=6, num_heads=8, dropout=0.1, widths=(96, 192, 384), side=32, alphas_cumprod=None, spectrum=None,
+                 off=()):
         super().__init__()
         if input_channels != output_channels or side % 2 ** (len(widths) - 1):
             raise ValueError(f"want as many channels in as out and a side that can be halved {len(widths) - 1} times, got "
                              f"{input_channels} and {output_channels} channels, side {side}")
-        self.side = side
+        self.side, self.off = side, set(off)  # (parts switched off for the ablation)
         self.perceiver = PerceiverIO(input_channels, output_channels, num_latents, latent_dim, num_fourier_feats,
                                      num_blocks, num_heads, dropout)
         self.marker = nn.Parameter(torch.randn(2, latent_dim) * 0.02)  # 0: a clean input pixel, 1: a noisy output pixel
@@ -324,7 +325,7 @@ class NFDenoiser(nn.Module):
             spectrum = (4.0 + k[:, None] ** 2 + k**2) ** -1.5
         self.register_buffer("spectrum", (spectrum / spectrum.mean()).float())
         # The cosine transform of three channels is that of our eyes: brightness, red against blue, green against both.
-        self.register_buffer("colours", cosines(torch.arange(input_channels), input_channels), persistent=False)
+        self.register_buffer("colours", torch.eye(input_channels) if "colours" in off else cosines(torch.arange(input_channels), input_channels), persistent=False)
         # What follows from the spectrum: the covariance of each point of the lattice with each other.
         waves = cosines(torch.arange(side), side)
         waves = torch.kron(waves, waves)                                             # (side^2 points, side^2 waves)
@@ -332,6 +333,8 @@ class NFDenoiser(nn.Module):
 
     def covariance(self, a, b):
         """Of the field whose cosine waves have the variances `spectrum`: (B, N, 2), (B, M, 2) -> (B, N, M)."""
+        if "spectrum" in self.off:
+            return exponential(a, b)
         a, b = (coords * (self.side - 1) for coords in (a, b))
         if not a.is_cuda and all((x - x.round()).abs().max() < 1e-4 for x in (a, b)):  # pixels: look it up
             row, column = ((x.round() @ x.new_tensor([1.0, self.side])).long() for x in (a, b))
@@ -392,27 +395,46 @@ class NFDenoiser(nn.Module):
                 input_weights, output_weights = field.condition(noisy_output_values @ self.colours, alpha_bar)
                 waves = self.waves(input_coords, input_weights) + self.waves(output_coords, output_weights)
             mean = field.mean + self.at(waves, output_coords)
+            if "spectrum" in self.off:
+                points = torch.stack(torch.meshgrid(*[torch.linspace(0, 1, self.side)] * 2, indexing="ij")[::-1], -1).view(1, -1, 2)
+                sources = [(input_coords, field.weights)] if pure_noise else [(input_coords, input_weights), (output_coords, output_weights)]
+                grid = sum(exponential(points.expand(len(t), -1, -1), c) @ w for c, w in sources)
+                index = (output_coords * (self.side - 1)).round() @ torch.tensor([1.0, self.side])
+                mean = field.mean + grid.gather(1, index.long()[..., None].expand(-1, -1, mean.shape[-1]))
             lattice = cosines(torch.arange(self.side, device=waves.device), self.side)
             image = lattice @ waves @ lattice.T / field.variance.mean((1, 2))[:, None, None, None].sqrt()  # (B, C, side, side)
+            if "spectrum" in self.off:
+                image = grid.mT.unflatten(-1, (self.side, self.side)) / field.variance.mean((1, 2))[:, None, None, None].sqrt()
             image = torch.cat([image, known, asked, bar[..., None].sqrt().expand_as(known)], dim=1)
             # How far x_0 may be from that mean: 7% of the field's variance given the inputs, less given x_t as well.
             variance = 0.07 * field.variance
             std = (variance * (1 - bar) / (bar * variance + 1 - bar)).sqrt()         # (B, 1, C)
 
+        if "mean" in self.off:
+            mean, std = torch.zeros_like(mean), 0.5
+        marker = self.marker * ("marker" not in self.off)
         perceiver = self.perceiver
         time_token = self.embed_time(t)[:, None, :]                                  # (B, 1, dim)
-        inputs = perceiver.tokens(input_coords, input_values, self.marker[0] + time_token)
+        inputs = perceiver.tokens(input_coords, input_values, marker[0] + time_token)
         # What the U-Net makes of the lattice, read between its points; and x_t, by as much as there is in it.
-        around = F.grid_sample(self.surroundings(image), 2 * output_coords[:, :, None] - 1, align_corners=True)[..., 0].mT
-        outputs = self.embed_surroundings(around.relu()) + self.embed_mean(mean) + self.marker[1] + time_token
-        outputs = perceiver.tokens(output_coords, bar.sqrt() * noisy_output_values, outputs)
+        around = None if "unet" in self.off else  F.grid_sample(self.surroundings(image), 2 * output_coords[:, :, None] - 1, align_corners=True)[..., 0].mT
+        outputs = self.embed_mean(mean) + marker[1] + time_token
+        outputs = outputs if around is None else outputs + self.embed_surroundings(around.relu())
+        seen = bar.sqrt() * noisy_output_values
+        with_x_t = perceiver.tokens(output_coords, seen, outputs)
+        outputs = perceiver.tokens(output_coords, None, outputs) if "x_t" in self.off else with_x_t
+        if "perceiver" in self.off:
+            return (mean + std * perceiver.to_values(perceiver.norm_out(outputs))) @ self.colours.T
         if pure_noise:
             latents = perceiver.encode(inputs)
         else:  # a noisy pixel is attended to by as much as it knows: log(alpha_bar) takes it out where that is nothing
             bias = alpha_bar.log()[:, None].expand(-1, outputs.shape[1])
             bias = torch.cat([torch.zeros_like(input_coords[..., 0]), bias], dim=1)[:, None, None, :].to(outputs.dtype)
-            latents = perceiver.encode(torch.cat([inputs, outputs], dim=1), bias)
-        return (mean + std * perceiver.decode(outputs, latents)) @ self.colours.T
+            latents = perceiver.encode(torch.cat([inputs, with_x_t], dim=1), bias)
+        answer = (mean + std * perceiver.decode(outputs, latents)) @ self.colours.T
+        if "x_0" in self.off:  # the network predicts the noise, which says what x_0 is
+            answer = (noisy_output_values - (1 - bar).sqrt() * answer / 0.5) / bar.sqrt()
+        return answer
 
 
 def flops(work):

@@ -44,7 +44,7 @@ RECIPES = {  # batch size, peak learning rate, decay of the weights' moving aver
 }
 
 
-def field_problems(images, schedule, keys=None, output_ratio=0.2):
+def field_problems(images, schedule, keys=None, output_ratio=0.2, off=()):
     """Draw what is random in a batch of the neural field: [(arguments of NFDenoiser.forward, clean values), ...].
 
     images uint8 (B, C, H, W); keys (B, H * W) or None for fresh masks. The first half of the images is at the last
@@ -52,11 +52,14 @@ def field_problems(images, schedule, keys=None, output_ratio=0.2):
     is asked. The other half is at all timesteps, for samples, with output_ratio of the pixels jointly denoised.
     """
     keys = torch.rand(len(images), images[0, 0].numel(), device=images.device) if keys is None else keys
+    if "last" in off:
+        off = {*off, "asked"}
     half, last, problems = len(images) // 2, schedule.num_timesteps - 1, []
-    for pure, rows, ratio in ((True, slice(half), None), (False, slice(half, None), output_ratio)):
+    for pure, rows, ratio in ((True, slice(half), 0.2 if "asked" in off else None), (False, slice(half, None), output_ratio)):
         if len(images[rows]):
             split = sparse_split(images[rows], output_ratio=ratio, keys=keys[rows])
             x_0 = split["output_values"]
+            pure = pure and "last" not in off
             t = torch.randint(last if pure else 0, last + 1, (len(x_0),), device=images.device)
             problems.append((dict(noisy_output_values=schedule.q_sample(x_0, t, torch.randn_like(x_0)), t=t, pure_noise=pure,
                                   **{name: split[name] for name in ("output_coords", "input_coords", "input_values")}), x_0))
@@ -86,6 +89,9 @@ class Objective(torch.nn.Module):
         answers = [self.model(**inputs) for inputs, _ in problems]
         answers = [answer[0] if isinstance(answer, tuple) else answer for answer in answers]  # the autoencoder's latents
         total = sum(len(clean) for _, clean in problems)
+        if "x_0" in getattr(self.model, "off", ()):  # mean squared error of the noise
+            weight = [self.model.alphas_cumprod[inputs["t"]][:, None, None] for inputs, _ in problems]
+            return sum((w / (1 - w) * (x - clean).square()).mean() / 4 * len(clean) / total for w, x, (_, clean) in zip(weight, answers, problems))
         return sum(F.mse_loss(x, clean) * len(clean) / total for x, (_, clean) in zip(answers, problems))
 
 
@@ -133,6 +139,8 @@ def parse_arguments():
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
+    parser.add_argument("--off", nargs="*", default=[], help="parts switched off, for the ablation")
+    parser.add_argument("--minutes", type=float, help="train for so long, whatever --steps says")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint below --out")
     parser.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
     parser.add_argument("--evaluate", type=int, default=200, help="test images in the closing table of nf")
@@ -210,7 +218,7 @@ def main():
         if schedule.alphas_cumprod[-1] > 1e-3:
             raise ValueError(f"{args.timesteps} timesteps of the {args.beta_schedule} schedule do not end in pure noise "
                              f"(alpha_bar = {schedule.alphas_cumprod[-1]:.3g}): take more of them, or the cosine schedule")
-        config = dict(SIZES[args.size], input_channels=channels, output_channels=channels, side=side)
+        config = dict(SIZES[args.size], input_channels=channels, output_channels=channels, side=side, off=args.off)
         model = NFDenoiser(**config, alphas_cumprod=schedule.alphas_cumprod, spectrum=power_spectrum(images).cpu())
         settings = dict(timesteps=args.timesteps, beta_schedule=args.beta_schedule)
     else:
@@ -280,11 +288,16 @@ def main():
 
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, args.lr)
+            if args.minutes:
+                gone = (time.time() - start) / 60 / args.minutes
+                group["lr"] = args.lr * min((step + 1) / 30, 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1, gone))))
+                if gone >= 1:
+                    stop.append(True)
         if args.model == "nf":
             keys = fixed_keys(args.seed, index, side * side) if args.masks == "fixed" else None
             # Now and then up to all missing pixels are denoised together: whole images are sampled like that.
             lot = random.Random(args.seed * 1_000_003 + step)
-            problems = field_problems(batch, schedule, keys, lot.choice([0.2, 0.2, 0.2, lot.uniform(0.2, 0.8)]))
+            problems = field_problems(batch, schedule, keys, lot.choice([0.2, 0.2, 0.2, lot.uniform(0.2, 0.8)]), args.off)
         else:
             problems = autoencoder_problems(batch, corrupt)
         with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
@@ -318,14 +331,16 @@ def main():
                 save(done)
         if stopping:
             print(f"stopped and saved: {path}. To go on, give the same command with --resume added")
-            raise SystemExit(130)
+            if not args.minutes:
+                raise SystemExit(130)
+            break
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     print(f"trained in {time.time() - start:.0f} s; checkpoint: {path}")
     if world > 1:
         torch.distributed.destroy_process_group()
     if rank == 0:
-        finish(args, ema, settings, losses.tolist(), test_images, folder, name)
+        finish(args, ema, settings, losses[:done].tolist(), test_images, folder, name)
 
 
 def finish(args, ema, settings, losses, images, folder, name):
