@@ -1319,6 +1319,15 @@ def test_the_same_seed_gives_the_same_picture_in_a_new_process():
         assert alike[0] == alike[1]
 
 
+def test_the_shipped_model_is_better_than_kriging():
+    """Trained on photographs, asked about images it has never seen the like of: dead leaves."""
+    model, checkpoint = sample.load_checkpoint(sample.SHIPPED)
+    sched = schedule.DiffusionSchedule(**checkpoint["schedule"])
+    table = sample.evaluate_field(model, sched, data.make_leaves(24, seed=9)[0], num_steps=10)
+    assert table["one_step_mean"]["psnr"] > table["kriging"]["psnr"] + 0.2 > table["nearest"]["psnr"] + 0.2, table
+    assert sample.SHIPPED.stat().st_size < 2_000_000
+
+
 def test_samples_spread_is_measured_right():
     """With an exact model of data ~ N(0, s2) that no input tells anything about, samples and truth are alike."""
     sched, s2 = schedule.DiffusionSchedule(), 0.09
