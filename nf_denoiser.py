@@ -341,7 +341,7 @@ class NFDenoiser(nn.Module):
     def covariance(self, a, b):
         """Of the field whose cosine waves have the variances `spectrum`: (B, N, 2), (B, M, 2) -> (B, N, M)."""
         a, b = (coords * (self.side - 1) for coords in (a, b))
-        if not a.is_cuda and all((x - x.round()).abs().max() < 1e-4 for x in (a, b)):  # pixels: look it up
+        if not a.is_cuda and all(((x - x.round()).abs() < 1e-4).all() for x in (a, b)):  # pixels: look it up
             row, column = ((x.round() @ x.new_tensor([1.0, self.side])).long() for x in (a, b))
             return self.table.flatten()[row[:, :, None] * self.side**2 + column[:, None, :]]
         waves = [cosines(x, self.side) for x in (a, b)]                              # (B, N, 2, side)
@@ -492,8 +492,8 @@ def bench(size, batch, device):
           f"{torch.get_num_threads()} threads, matmul {rate / 1e9:.0f} GFLOP/s")
     times = {work.__name__: seconds(work, device, 3.0) for work in (forward, both, optimise)}
     times["draw"] = seconds(draw, device)
-    for name, work in (("forward", forward), ("forward + backward", both)):
-        count, each = flops(work), times[work.__name__]
+    for name, work, counted in (("forward", forward, lambda: objective(problems)), ("forward + backward", both, both)):
+        count, each = flops(counted), times[work.__name__]
         print(f"  {name:20}{1e3 * each:9.1f} ms {batch / each:8.2f} images/s {count / batch / 1e9:8.3f} GFLOP an image "
               f"{count / each / rate:5.0%} of the matmul rate")
     times["step"] = seconds(step, device, 8.0)  # long enough for every kind of batch

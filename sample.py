@@ -471,6 +471,7 @@ def main():
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where data sets are, or are put")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for everything that is written")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     parser.error = fail
     args = parser.parse_args()
     args.device = pick_device(args.device)
@@ -493,6 +494,7 @@ def main():
     model, checkpoint = load_checkpoint(path, args.device)
     kind = checkpoint["kind"]
     print(f"{path}: {kind}, {checkpoint['step']:,} steps on {checkpoint['data']}")
+    run_model = torch.compile(model) if args.compile else model
     extras = args.gif or args.scale > 1 or args.samples
     if kind != "nf" and (args.full or extras):
         raise ValueError(f"--full, --gif, --scale and --samples are for the neural field, and {path} is an autoencoder")
@@ -523,7 +525,7 @@ def main():
         if count > len(images):
             raise ValueError(f"--evaluate {count}: {name} has {len(images):,} test images")
         images = images[:count]
-    results = report(model, checkpoint, images.to(args.device), args.out / kind, args, name)
+    results = report(run_model, checkpoint, images.to(args.device), args.out / kind, args, name)
     if args.json:
         figures = {"checkpoint": str(path), "data": name, "images": len(images), "seed": args.seed,
                    "samples": results.pop("samples", None), "methods": results}

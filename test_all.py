@@ -1129,6 +1129,14 @@ def test_a_full_disk_or_a_read_only_folder_spares_the_checkpoint():
             assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
 
 
+def test_the_benchmarks_print_what_they_measure():
+    with patched(nf_denoiser, seconds=lambda work, *_: (work(), 1.0)[1]):  # one round of each, called a second
+        code, out, err = run_main(nf_denoiser, "--bench --size small --batch-size 2 --device cpu")
+    assert code == 0 and "forward + backward" in out and "100.0% of it" not in out and "50 steps" in out, err
+    flop = [float(x) for x in re.findall(r"([\d.]+) GFLOP an image", out)]
+    assert 2.5 < flop[1] / flop[0] < 3.2, flop  # forward, and twice as much backward
+
+
 def test_two_processes_train_as_one():
     """torchrun: the same gradient as one process, rows that are nobody else's, and checkpoints that fit both."""
     problems = [(dict(x=torch.arange(12), t=7), torch.arange(12))]
