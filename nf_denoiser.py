@@ -23,8 +23,10 @@ features (Tancik et al., 2020, arXiv 2006.10739). This file needs nothing but to
 import argparse
 import math
 import random
+import statistics
 import sys
 import time
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -77,14 +79,15 @@ class SinusoidalTimeEmbedding(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention softmax(Q K^T / sqrt(d) + bias) V from x (B, N, dim) to context (B, M, dim): (B, N, dim).
 
-    bias (B, 1, 1, M) or None makes parts of the context count less. ValueError for a dim that heads do not divide.
+    x may be (1, N, dim), the same for every context. bias (B, 1, 1, M) or None makes parts of the context count less.
+    No dropout on the softmax: it would rule out the fused kernels. ValueError for a dim that heads do not divide.
     """
 
-    def __init__(self, dim, num_heads, dropout=0.0):
+    def __init__(self, dim, num_heads):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"latent_dim ({dim}) must be a multiple of num_heads ({num_heads})")
-        self.num_heads, self.dropout = num_heads, dropout
+        self.num_heads = num_heads
         self.to_q = nn.Linear(dim, dim, bias=False)
         self.to_kv = nn.Linear(dim, 2 * dim, bias=False)
         self.to_out = nn.Linear(dim, dim)
@@ -92,23 +95,22 @@ class Attention(nn.Module):
     def forward(self, x, context, bias=None):
         split = lambda y: y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, N, dim) -> (B, heads, N, d)
         k, v = self.to_kv(context).chunk(2, dim=-1)
-        q = split(self.to_q(x))
-        y = F.scaled_dot_product_attention(q, split(k), split(v), None if bias is None else bias.to(q.dtype),
-                                           dropout_p=self.dropout if self.training else 0.0)
+        q = split(self.to_q(x)).expand(len(context), -1, -1, -1)
+        y = F.scaled_dot_product_attention(q, split(k), split(v), None if bias is None else bias.to(q.dtype))
         return self.to_out(y.transpose(1, 2).flatten(2))  # (B, heads, N, d) -> (B, N, dim)
 
 
 class Block(nn.Module):
     """Attention, then an MLP, each on normalised input and added to what came in (a pre-norm transformer block).
 
-    With cross=True, x (B, N, dim) attends to a context (B, M, dim); else to itself. Returns (B, N, dim).
+    With cross=True, x (B or 1, N, dim) attends to a context (B, M, dim); else to itself. Returns (B, N, dim).
     """
 
     def __init__(self, dim, num_heads, dropout=0.0, cross=False, widening=2):
         super().__init__()
         self.norm_x, self.norm_mlp = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.norm_context = nn.LayerNorm(dim) if cross else None
-        self.attention = Attention(dim, num_heads, dropout)
+        self.attention = Attention(dim, num_heads)
         self.mlp = nn.Sequential(nn.Linear(dim, widening * dim), nn.ReLU(),
                                  nn.Linear(widening * dim, dim), nn.Dropout(dropout))
 
@@ -138,14 +140,14 @@ class PerceiverIO(nn.Module):
         self.norm_out = nn.LayerNorm(latent_dim)
         self.to_values = nn.Linear(latent_dim, output_channels)
 
-    def tokens(self, coords, values=None, extra=0):
-        """coords (B, N, 2), values (B, N, input_channels) or None, extra broadcast to (B, N, dim) -> (B, N, dim)."""
-        token = self.embed_coords(self.fourier(coords)) + extra
+    def tokens(self, coords, values=None):
+        """coords (B, N, 2), values (B, N, input_channels) or None -> (B, N, dim)."""
+        token = self.embed_coords(self.fourier(coords))
         return token if values is None else token + self.embed_values(values)
 
     def encode(self, tokens, bias=None):
         """All tokens (B, N, dim), attention bias (B, 1, 1, N) -> latents (B, num_latents, dim): encoder, processor."""
-        latents = self.encoder(self.latents.expand(len(tokens), -1, -1), tokens, bias)
+        latents = self.encoder(self.latents[None], tokens, bias)
         for block in self.processor:
             latents = block(latents)
         return latents
@@ -228,8 +230,9 @@ class GaussianField:
 
     def prepare(self):
         """Do once what every step of a sampler needs: with the eigenvectors of `given`, each step is a product."""
-        self.eigen = torch.linalg.eigh(self.between()[1])
-        return self
+        half, given, _ = self.between()
+        self.eigen = torch.linalg.eigh(given)
+        self.back = torch.linalg.solve_triangular(self.chol.mT, half, upper=True)    # (B, N_in, N_out)
 
     def condition(self, x_t, alpha_bar):
         """Take the noisy outputs in as well. x_t (B, N_out, C); alpha_bar (B,) in [0, 1].
@@ -245,11 +248,13 @@ class GaussianField:
         if self.eigen:
             values, vectors = self.eigen
             output_weights = vectors @ ((vectors.mT @ surprise) / (bar * values[..., None].clamp(min=0) + noise))
+            taken = self.back @ output_weights
         else:
             system = (bar * given)[:, None].repeat(1, x_t.shape[-1], 1, 1)           # (B, C, N_out, N_out)
             system.diagonal(dim1=2, dim2=3).add_(noise.mT)
             output_weights = torch.cholesky_solve(surprise.mT[..., None], torch.linalg.cholesky(system))[..., 0].mT
-        return self.weights - torch.linalg.solve_triangular(self.chol.mT, half @ output_weights, upper=True), output_weights
+            taken = torch.linalg.solve_triangular(self.chol.mT, half @ output_weights, upper=True)
+        return self.weights - taken, output_weights
 
 
 def kriging(query_coords, input_coords, input_values):
@@ -328,14 +333,14 @@ class NFDenoiser(nn.Module):
         self.register_buffer("spectrum", (spectrum / spectrum.mean()).float().cpu())
         # The cosine transform of three channels is that of our eyes: brightness, red against blue, green against both.
         self.register_buffer("colours", cosines(torch.arange(input_channels), input_channels), persistent=False)
+        self.register_buffer("lattice", cosines(torch.arange(side), side), persistent=False)
         self.register_buffer("table", torch.empty(0), persistent=False)
         self.tabulate()
         self.register_load_state_dict_post_hook(lambda module, _: module.tabulate())
 
     def tabulate(self):
         """What follows from the spectrum: the covariance of each point of the lattice with each other."""
-        basis = cosines(torch.arange(self.side, device=self.spectrum.device), self.side)
-        basis = torch.kron(basis, basis)                                             # (side^2 points, side^2 waves)
+        basis = torch.kron(self.lattice, self.lattice)                               # (side^2 points, side^2 waves)
         self.table = basis * self.spectrum.flatten() @ basis.T
 
     def covariance(self, a, b):
@@ -343,19 +348,24 @@ class NFDenoiser(nn.Module):
         a, b = (coords * (self.side - 1) for coords in (a, b))
         if not a.is_cuda and all(((x - x.round()).abs() < 1e-4).all() for x in (a, b)):  # pixels: look it up
             row, column = ((x.round() @ x.new_tensor([1.0, self.side])).long() for x in (a, b))
-            return self.table.flatten()[row[:, :, None] * self.side**2 + column[:, None, :]]
+            rows = self.table.index_select(0, row.flatten()).view(*row.shape, -1)    # (B, N, side^2)
+            return rows.gather(2, column[:, None, :].expand(-1, row.shape[1], -1))
         waves = [cosines(x, self.side) for x in (a, b)]                              # (B, N, 2, side)
         waves = [(w[..., 1, :, None] * w[..., 0, None, :]).flatten(2) for w in waves]  # (B, N, side^2)
         return waves[0] * self.spectrum.flatten() @ waves[1].mT
 
-    def waves(self, coords, weights):
-        """Covariance functions centred on coords (B, N, 2), times weights (B, N, C), as cosine waves: (B, C, side, side)."""
-        x, y = cosines(coords * (self.side - 1), self.side).unbind(2)                # (B, N, side) each
+    def axes(self, coords):
+        """The cosine waves along x and along y at coords (B, N, 2): (B, N, side) each."""
+        return cosines(coords * (self.side - 1), self.side).unbind(2)
+
+    def waves(self, axes, weights):
+        """Covariance functions centred on the pixels of axes, times weights (B, N, C), as cosine waves: (B, C, side, side)."""
+        x, y = axes
         return self.spectrum * torch.einsum("bny,bnc,bnx->bcyx", y, weights, x)
 
-    def at(self, waves, coords):
-        """The field made of waves (B, C, side, side) at coords (B, N, 2): (B, N, C)."""
-        x, y = cosines(coords * (self.side - 1), self.side).unbind(2)
+    def at(self, waves, axes):
+        """The field made of waves (B, C, side, side) at the pixels of axes: (B, N, C)."""
+        x, y = axes
         return ((y[:, None] @ waves) * x[:, None]).sum(-1).mT
 
     def occupancy(self, coords):
@@ -369,18 +379,30 @@ class NFDenoiser(nn.Module):
             image.scatter_add_(1, first + offset, share)
         return image.view(-1, 1, self.side, self.side)
 
+    def geometry(self, output_coords, input_coords, input_values):
+        """All of forward that is the same at every timestep: the field, the pixels on the lattice, the tokens so far."""
+        with torch.no_grad(), torch.autocast(input_values.device.type, enabled=False):
+            done = SimpleNamespace(
+                field=GaussianField(input_coords, input_values @ self.colours, output_coords, self.covariance),
+                known=self.occupancy(input_coords), asked=self.occupancy(output_coords),
+                input_axes=self.axes(input_coords), output_axes=self.axes(output_coords))
+        done.inputs = self.perceiver.tokens(input_coords, input_values) + self.marker[0]
+        done.outputs = self.perceiver.tokens(output_coords) + self.marker[1]
+        return done
+
     @torch.no_grad()
     def prepare(self, output_coords, input_coords, input_values):
-        """What forward works out again for every timestep of a sampler: hand it over as `field`, with the same pixels."""
-        with torch.autocast(input_values.device.type, enabled=False):
-            return GaussianField(input_coords, input_values @ self.colours, output_coords, self.covariance).prepare()
+        """What a sampler needs again and again: hand it to forward as `prepared`, together with the same pixels."""
+        done = self.geometry(output_coords, input_coords, input_values)
+        done.field.prepare()
+        return done
 
-    def forward(self, noisy_output_values, output_coords, t, input_coords, input_values, pure_noise=False, field=None):
+    def forward(self, noisy_output_values, output_coords, t, input_coords, input_values, pure_noise=False, prepared=None):
         """Predict the clean output values.
 
         noisy_output_values: x_t (B, N_out, C); output_coords (B, N_out, 2) and input_coords (B, N_in, 2) in [0, 1],
         N_in >= 1; t: int64 (B,) in 0..T-1; input_values (B, N_in, C): clean, never noised. Values live in [-1, 1].
-        pure_noise: x_t is known to say nothing (the last timestep), which saves work; field: what `prepare` gave for
+        pure_noise: x_t is known to say nothing (the last timestep), which saves work; prepared: what `prepare` gave for
         these pixels, likewise.
         Returns x_0_hat (B, N_out, C). Raises ValueError where coordinates and values do not match, or N_in is 0.
         """
@@ -391,19 +413,18 @@ class NFDenoiser(nn.Module):
                              f"{tuple(output_coords.shape)} and {tuple(noisy_output_values.shape)}")
         alpha_bar = self.alphas_cumprod[t]
         bar = alpha_bar[:, None, None]
+        done = prepared or self.geometry(output_coords, input_coords, input_values)
         with torch.no_grad(), torch.autocast(noisy_output_values.device.type, enabled=False):
             # The Gaussian field's answer, and what it and the pixels look like on the lattice.
-            field = field or GaussianField(input_coords, input_values @ self.colours, output_coords, self.covariance)
-            known, asked = self.occupancy(input_coords), bar[..., None] * self.occupancy(output_coords)
+            field, known, asked = done.field, done.known, bar[..., None] * done.asked
             if pure_noise:
-                waves = self.waves(input_coords, field.weights)
+                waves = self.waves(done.input_axes, field.weights)
             else:
                 input_weights, output_weights = field.condition(noisy_output_values @ self.colours, alpha_bar)
-                waves = self.waves(input_coords, input_weights) + self.waves(output_coords, output_weights)
-            mean = field.mean + self.at(waves, output_coords)
-            lattice = cosines(torch.arange(self.side, device=waves.device), self.side)
+                waves = self.waves(done.input_axes, input_weights) + self.waves(done.output_axes, output_weights)
+            mean = field.mean + self.at(waves, done.output_axes)
             size = field.variance.mean((1, 2))[:, None, None, None].sqrt()
-            image = lattice @ waves @ lattice.T / size                               # (B, C, side, side)
+            image = self.lattice @ waves @ self.lattice.T / size                     # (B, C, side, side)
             image = torch.cat([image, known, asked, bar[..., None].sqrt().expand_as(known)], dim=1)
             # How far x_0 may be from that mean: 7% of the field's variance given the inputs, less given x_t as well.
             variance = 0.07 * field.variance
@@ -411,11 +432,11 @@ class NFDenoiser(nn.Module):
 
         perceiver = self.perceiver
         time_token = self.embed_time(t)[:, None, :]                                  # (B, 1, dim)
-        inputs = perceiver.tokens(input_coords, input_values, self.marker[0] + time_token)
+        inputs = done.inputs + time_token
         # What the U-Net makes of the lattice, read between its points; and x_t, by as much as there is in it.
         around = F.grid_sample(self.surroundings(image), 2 * output_coords[:, :, None] - 1, align_corners=True)[..., 0].mT
-        outputs = self.embed_surroundings(around.relu()) + self.embed_mean(mean) + self.marker[1] + time_token
-        outputs = perceiver.tokens(output_coords, bar.sqrt() * noisy_output_values, outputs)
+        outputs = done.outputs + self.embed_surroundings(around.relu()) + self.embed_mean(mean) + time_token
+        outputs = outputs + perceiver.embed_values(bar.sqrt() * noisy_output_values)
         if pure_noise:
             latents = perceiver.encode(inputs)
         else:  # a noisy pixel is attended to by as much as it knows: log(alpha_bar) takes it out where that is nothing
@@ -434,17 +455,18 @@ def flops(work):
     return counter.get_total_flops()
 
 
-def seconds(work, device, at_least=1.0):
-    """Mean seconds that work() takes, after one call to warm up."""
+def seconds(works, device, at_least):
+    """Median seconds that each of works takes, called in turn for at_least seconds: a machine's moods hit all alike."""
     wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
-    work()
-    wait()
-    start, rounds = time.perf_counter(), 0
-    while time.perf_counter() - start < at_least:
-        work()
-        wait()
-        rounds += 1
-    return (time.perf_counter() - start) / rounds
+    times, begin = [[] for _ in works], math.inf
+    while time.perf_counter() - begin < at_least or len(times[0]) < 2:
+        for work, taken in zip(works, times):
+            start = time.perf_counter()
+            work()
+            wait()
+            taken.append(time.perf_counter() - start)
+        begin = min(begin, time.perf_counter())  # the first round is to warm up
+    return [statistics.median(taken[1:]) for taken in times]
 
 
 def bench(size, batch, device):
@@ -452,7 +474,7 @@ def bench(size, batch, device):
     try:
         from sample import ddim_sample
         from schedule import DiffusionSchedule
-        from train import Objective, field_problems, output_ratio
+        from train import Objective, draw_output_ratio, field_problems
     except ImportError:
         raise ValueError("--bench needs the files beside this one: run it in the repository") from None
     torch.manual_seed(0)
@@ -462,14 +484,14 @@ def bench(size, batch, device):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9, fused=True)
     images = torch.randint(0, 256, (batch, 3, 32, 32), dtype=torch.uint8, device=device)
     lot, mixed = random.Random(0), torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
-    draw = lambda: field_problems(images, schedule, None, output_ratio(lot))
-    problems = field_problems(images, schedule)
+    draw = lambda: field_problems(images, schedule, None, draw_output_ratio(lot))
+    problems, matrix = field_problems(images, schedule), torch.rand(2048, 2048, device=device)
 
     def forward():
         with torch.no_grad(), mixed:
             objective(problems)
 
-    def both():
+    def both(problems=problems):
         optimizer.zero_grad()
         with mixed:
             loss = objective(problems)
@@ -481,31 +503,27 @@ def bench(size, batch, device):
         torch._foreach_lerp_(average, [p.detach() for p in model.parameters()], 0.01)
 
     def step():
-        nonlocal problems
-        problems = draw()
-        both()
+        both(draw())
         optimise()
 
-    matrix = torch.rand(2048, 2048, device=device)
-    rate = 2 * 2048**3 / seconds(lambda: matrix @ matrix, device)
+    multiply = lambda: matrix @ matrix
+    times = seconds([multiply, forward, multiply, both, step, draw, optimise], device, 20.0)
+    rate = 2 * 2048**3 / statistics.mean(times[:3:2])
     print(f"{size}: {sum(p.numel() for p in model.parameters()):,} parameters, batches of {batch}, {device}, "
           f"{torch.get_num_threads()} threads, matmul {rate / 1e9:.0f} GFLOP/s")
-    times = {work.__name__: seconds(work, device, 3.0) for work in (forward, both, optimise)}
-    times["draw"] = seconds(draw, device)
-    for name, work, counted in (("forward", forward, lambda: objective(problems)), ("forward + backward", both, both)):
-        count, each = flops(counted), times[work.__name__]
+    for name, each, count in (("forward", times[1], flops(lambda: objective(problems))),
+                              ("forward + backward", times[3], flops(both))):
         print(f"  {name:20}{1e3 * each:9.1f} ms {batch / each:8.2f} images/s {count / batch / 1e9:8.3f} GFLOP an image "
               f"{count / each / rate:5.0%} of the matmul rate")
-    times["step"] = seconds(step, device, 8.0)  # long enough for every kind of batch
-    print(f"  {'whole training step':20}{1e3 * times['step']:9.1f} ms {batch / times['step']:8.2f} images/s; of it drawing data, "
-          f"masks, noise {times['draw'] / times['step']:.1%}, optimiser and average {times['optimise'] / times['step']:.1%}")
+    whole, drawing, optimising = times[4:]
+    print(f"  {'whole training step':20}{1e3 * whole:9.1f} ms {batch / whole:8.2f} images/s; of it drawing data, masks, noise "
+          f"{drawing / whole:.1%}, optimiser and average {optimising / whole:.1%}")
     model.eval()
     problems = field_problems(images, schedule)
     inputs, one = problems[-1][0], len(problems[-1][1])
     given = [inputs[name] for name in ("output_coords", "input_coords", "input_values")]
     with torch.no_grad():
-        plain = seconds(lambda: model(**inputs), device, 2.0)
-    sampling = seconds(lambda: ddim_sample(model, schedule, *given, num_steps=50), device)
+        plain, sampling = seconds([lambda: model(**inputs), lambda: ddim_sample(model, schedule, *given, num_steps=50)], device, 8.0)
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device) / 2**20
     else:

@@ -46,7 +46,8 @@ def ddim_sample(model, schedule, output_coords, input_coords, input_values, num_
 
     model(x_t, output_coords, t, input_coords, input_values) -> x_0_hat; output_coords (B, N_out, 2), input_coords
     (B, N_in, 2), input_values (B, N_in, C) in the model's range, never changed. eta: 0 is deterministic given the first
-    noise, 1 is as random as DDPM. A model with a method `prepare` is given what that returns as `field`. on_step(t, x_t, x_0_hat) is called after every step.
+    noise, 1 is as random as DDPM. A model with a method `prepare` is given what that returns as `prepared`.
+    on_step(t, x_t, x_0_hat) is called after every step.
     Returns (B, N_out, C), not clamped. Raises ValueError for num_steps outside 1..T or eta outside [0, 1].
     """
     if not 0 <= eta <= 1:
@@ -68,7 +69,7 @@ def _denoise(model, steps, update, output_coords, input_coords, input_values, ge
     shape = (*output_coords.shape[:2], input_values.shape[-1])
     x_t = _randn(shape, input_values, generator)
     # What does not change from step to step is worked out once, where a model offers that.
-    once = dict(field=model.prepare(output_coords, input_coords, input_values)) if hasattr(model, "prepare") else {}
+    once = dict(prepared=model.prepare(output_coords, input_coords, input_values)) if hasattr(model, "prepare") else {}
     for t, t_next in zip(steps, [*steps[1:], -1]):
         x_0 = model(x_t, output_coords, torch.full(shape[:1], t, device=x_t.device), input_coords, input_values, **once)
         x_t = update(x_t, x_0, t, t_next, _randn(shape, x_t, generator))
@@ -239,7 +240,7 @@ def evaluate_autoencoder(model, images, seed=0):
         mse = (restored - clean).square().mean().item()
         results[name] = {"mse_before": (noisy - clean).square().mean().item(), "mse": mse,
                          "mae": (restored - clean).abs().mean().item(), "psnr": psnr(mse),
-                         "ssim": ssim(restored, clean).mean().item()}
+                         "ssim": torch.cat(list(map(ssim, restored.split(200), clean.split(200)))).mean().item()}
     return results
 
 

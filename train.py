@@ -42,7 +42,7 @@ from schedule import DiffusionSchedule, line_chart
 RECIPES = {  # batch size, peak learning rate, decay of the weights' moving average, and how long: steps or epochs
     "nf small": dict(batch_size=32, lr=3e-3, ema=0.998, steps=1250),
     "nf full": dict(batch_size=64, lr=1e-4, ema=0.9999, epochs=100),
-    "ae": dict(batch_size=128, lr=3e-3, ema=0.998, epochs=10),
+    "ae": dict(batch_size=512, lr=6e-3, ema=0.99, epochs=10),
 }
 
 
@@ -91,7 +91,7 @@ class Objective(torch.nn.Module):
         return sum(F.mse_loss(x, clean) * len(clean) / total for x, (_, clean) in zip(answers, problems))
 
 
-def output_ratio(lot):
+def draw_output_ratio(lot):
     """The share of pixels to denoise together: a fifth, now and then up to all that are missing, as in whole images."""
     return lot.choice([0.2, 0.2, 0.2, lot.uniform(0.2, 0.8)])
 
@@ -213,6 +213,7 @@ def main():
             raise ValueError(f"the autoencoders take 28 x 28 grey images: --data mnist or glyphs, not {name}")
         config = dict(input_dim=784, latent_dim=64)
         model = DenoisingAutoencoder(**config)
+        model.start_at(images / 255)
     model.to(device)
     schedule.to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
@@ -275,13 +276,13 @@ def main():
             order = torch.randperm(len(images), generator=generator).to(device)
         reseed(args.seed * 1_000_003 + step)
         index = order[place * args.batch_size:(place + 1) * args.batch_size]
-        batch = images[index]
+        batch = images.index_select(0, index)
 
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, args.lr)
         if args.model == "nf":
             keys = fixed_keys(args.seed, index, side * side) if args.masks == "fixed" else None
-            problems = field_problems(batch, schedule, keys, output_ratio(random.Random(args.seed * 1_000_003 + step)))
+            problems = field_problems(batch, schedule, keys, draw_output_ratio(random.Random(args.seed * 1_000_003 + step)))
         else:
             problems = autoencoder_problems(batch, corrupt)
         if world > 1:
