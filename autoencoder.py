@@ -86,8 +86,9 @@ def train_autoencoder(images, corrupt, epochs, seed, lr=6e-3, batch_size=512, on
         place = step % batches
         if place == 0:
             order = torch.randperm(len(images), generator=generator, device=images.device)
-        # Straight up over the first 2%, then half a cosine down to 0, which does what averaging the weights would.
-        rate = lr * min(1, 50 * (step + 1) / steps) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        # Straight up over the first 10%, lest big first steps push ReLUs below 0 for good; then half a cosine down to 0,
+        # which does what averaging the weights would.
+        rate = lr * min(1, 10 * (step + 1) / steps) * 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.param_groups[0]["lr"] = rate
         clean = images.index_select(0, order[place * batch_size:(place + 1) * batch_size])  # twice as fast as images[...]
         loss = F.mse_loss(model(corrupt(clean, generator))[0], clean)
@@ -241,9 +242,10 @@ def features(lab):
     said = table(f"In %: mean correlation of two features; accuracy of a linear classifier, by number of labels, on\n"
                  f"clean test images and under {title(DAE)}", names, columns, figures)
     mean, mosaics = figures.mean(-1), []
-    for kind in (CLEAN, DAE):  # of the 256 pictures that the first layer multiplies its input with, the 64 strongest
-        weight = lab.models[kind][0].encoder[0].weight
-        weight = weight[weight.norm(dim=1).argsort(descending=True)[:64]].view(8, 8, 28, 28)
+    for kind in (CLEAN, DAE):  # of the 256 pictures that the first layer multiplies its input with, the 64 that say most
+        layer = lab.models[kind][0].encoder[0]
+        activity = layer(lab.test_images).relu().std(0)  # 0 for a unit that never fires
+        weight = layer.weight[activity.argsort(descending=True)[:64]].view(8, 8, 28, 28)
         weight = F.pad(0.5 + 0.5 * weight / weight.abs().amax((2, 3), keepdim=True), (0, 1, 0, 1), value=1)
         mosaics.append(weight.transpose(1, 2).reshape(1, 8 * 29, 8 * 29))
     picture = lab.image_grid([mosaics], ["first layer of the AE", "first layer of the DAE"], zoom=2)

@@ -469,8 +469,8 @@ def seconds(works, device, at_least):
     return [statistics.median(taken[1:]) for taken in times]
 
 
-def bench(size, batch, device):
-    """Print what each part of a training step costs, and what sampling saves."""
+def bench(size, batch, device, compiled=False):
+    """Print what each part of a training step costs, and what sampling and torch.compile save."""
     try:
         from sample import ddim_sample
         from schedule import DiffusionSchedule
@@ -491,7 +491,7 @@ def bench(size, batch, device):
         with torch.no_grad(), mixed:
             objective(problems)
 
-    def both(problems=problems):
+    def both(problems=problems, objective=objective):
         optimizer.zero_grad()
         with mixed:
             loss = objective(problems)
@@ -531,6 +531,12 @@ def bench(size, batch, device):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     print(f"  {'DDIM, 50 steps':20}{1e3 * sampling:9.1f} ms for {one} images: {sampling / plain:.1f} plain forward passes; "
           f"peak memory {peak:,.0f} MiB")
+    if compiled:
+        start, faster = time.perf_counter(), torch.compile(model.train())
+        both(objective=Objective(faster))
+        waited = time.perf_counter() - start
+        before, after = seconds([both, lambda: both(objective=Objective(faster))], device, 10.0)
+        print(f"  {'compiled':20}forward + backward {before / after:.2f} times as fast, after {waited:.0f} s of compiling")
 
 
 def main():
@@ -538,6 +544,7 @@ def main():
     parser.add_argument("--bench", action="store_true", help="time a training step and sampling (a minute or two)")
     parser.add_argument("--size", choices=list(SIZES), help="with --bench: only this one")
     parser.add_argument("--batch-size", type=int, help="with --bench (default: 32 for small, 4 for full)")
+    parser.add_argument("--compile", action="store_true", help="with --bench: what does torch.compile gain?")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.error = fail
     args = parser.parse_args()
@@ -549,7 +556,7 @@ def main():
         raise ValueError(f"--device {args.device} cannot be used: {str(problem).splitlines()[0]}") from None
     if args.bench:
         for size in [args.size] if args.size else ["small", "full"]:
-            bench(size, args.batch_size or {"small": 32, "full": 4}[size], device)
+            bench(size, args.batch_size or {"small": 32, "full": 4}[size], device, args.compile)
         return
     torch.manual_seed(0)
     pixels = torch.rand(1, 1024).argsort(1)[:, :408]                                 # 204 inputs, 204 outputs

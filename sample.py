@@ -340,11 +340,15 @@ def load_checkpoint(path, device="cpu"):
                 raise ValueError(f"{damaged} is damaged")
             file.seek(0)
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        kind, _, _, _ = (checkpoint[key] for key in ("kind", "step", "data", "schedule"))
-        _ = kind == "nf" and (checkpoint["config"]["input_channels"], checkpoint["config"]["side"])
-        measured = {name: checkpoint["ema"][name] for name in ("alphas_cumprod", "spectrum")} if kind == "nf" else {}
-        model = (NFDenoiser if kind == "nf" else DenoisingAutoencoder)(**checkpoint["config"], **measured)
-        model.load_state_dict(checkpoint["ema"])
+        kind, config, weights = (checkpoint[key] for key in ("kind", "config", "ema"))
+        missing = {"step", "data", "schedule"} - checkpoint.keys()
+        if kind == "nf":
+            missing |= {"input_channels", "side"} - config.keys()
+            config = config | {name: weights[name] for name in ("alphas_cumprod", "spectrum")}
+        if missing:
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        model = (NFDenoiser if kind == "nf" else DenoisingAutoencoder)(**config)
+        model.load_state_dict(weights)
     except Exception as problem:  # a file that is something else, or damaged, can fail in any way
         reason = str(problem).strip().split("\n")[0][:120]
         raise ValueError(f"{path} is not a checkpoint of train.py ({type(problem).__name__}: {reason})") from None

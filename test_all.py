@@ -1061,6 +1061,13 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped():
             assert torch.equal(a["losses"], b["losses"]) and a["step"] == b["step"]
             code, out, err = run_main(train, line + "/parts --resume --lr 0.5 --save-every 7")
             assert code == 2 and "lr" in err and "0.5" in err
+            code, out, err = run_main(train, line + "/parts --resume --save-every 7 --steps " + str(b["step"] + 1))
+            assert code == 0, err  # what may change
+        for other in ("nf", "ae"):  # a checkpoint of another model
+            shutil.copy(root / "parts" / "dae" / "checkpoint.pt", root / "parts" / other)
+            code, out, err = run_main(train, f"--model {other} --data-dir {root}/data --data {'leaves' if other == 'nf' else 'glyphs'} "
+                                             f"--batch-size 4 --steps 50 --out {root}/parts --resume")
+            assert code == 2 and f"model dae -> {other}" in err and err.count("\n") == 1, err
 
 
 def flat(tree, path=()):
@@ -1166,6 +1173,8 @@ def test_two_processes_train_as_one():
         flags = f"--model nf --data leaves --batch-size 8 --evaluate 2 --out {root}"
         for name, before in (("one", ()), ("two", torchrun)):
             assert start_training(root, f"{flags}/{name} --steps 1", *before).wait(200) == 0, (root / "log").read_text()
+        said = (root / "log").read_text()
+        assert said.count("step 1 of 1 ") == said.count("trained in") == said.count("one step mean") == 2, said  # rank 0 alone
         one, two = (torch.load(root / name / "nf" / "checkpoint.pt", weights_only=True) for name in ("one", "two"))
         for i, state in one["optimizer"]["state"].items():  # after one step the moving average is a tenth of the gradient
             close(10 * state["exp_avg"], 10 * two["optimizer"]["state"][i]["exp_avg"], 1e-5)
