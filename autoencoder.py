@@ -254,8 +254,8 @@ def features(lab):
         f"The denoising latents are {'less' if mean[1, 0] < mean[0, 0] else 'more'} correlated than the plain ones and "
         f"{'more' if lost[1] < lost[0] else 'less'} robust: noise costs {lost[1]:.1f} points of accuracy against "
         f"{lost[0]:.1f} (pixels: {lost[2]:.1f}).",
-        f"They transfer {'better' if higher == lab.seeds else 'no better for certain'}: with {sizes[0]} labels {few[1]:.1f}% "
-        f"against {few[0]:.1f}%, higher in {higher} of {lab.seeds} seeds (pixels: {few[2]:.1f}%)."]
+        f"They transfer {'better' if higher == lab.seeds else 'no better for certain'}: with {sizes[0]} labels "
+        f"{few[1]:.1f}% against {few[0]:.1f}%, higher in {higher} of {lab.seeds} seeds (pixels: {few[2]:.1f}%)."]
 
 
 def progressive(lab, passes=10, little=0.1):
@@ -449,8 +449,9 @@ def bench(model, batch):
     for name, work, each in (("forward", forward, times[0]), ("forward + backward", both, times[1])):
         print(f"{name:20}{1e3 * each:8.2f} ms {batch / each:10,.0f} images/s {flops(work) / each / rate:5.0%} of the matmul "
               f"rate ({rate / 1e9:.0f} GFLOP/s)")
-    print(f"{'training step':20}{1e3 * whole:8.2f} ms {batch / whole:10,.0f} images/s; data and noise {drawing / whole:.0%}, "
-          f"optimiser {optimising / whole:.0%} of it; batches of {batch}, {torch.get_num_threads()} threads")
+    print(f"{'training step':20}{1e3 * whole:8.2f} ms {batch / whole:10,.0f} images/s; data and noise "
+          f"{drawing / whole:.0%}, optimiser {optimising / whole:.0%} of it; batches of {batch}, "
+          f"{torch.get_num_threads()} threads")
 
 
 def fail(message):

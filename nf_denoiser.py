@@ -359,7 +359,7 @@ class NFDenoiser(nn.Module):
         return cosines(coords * (self.side - 1), self.side).unbind(2)
 
     def waves(self, axes, weights):
-        """Covariance functions centred on the pixels of axes, times weights (B, N, C), as cosine waves: (B, C, side, side)."""
+        """Covariance functions centred on the pixels of axes, times weights (B, N, C), as waves: (B, C, side, side)."""
         x, y = axes
         return self.spectrum * torch.einsum("bny,bnc,bnx->bcyx", y, weights, x)
 
@@ -456,15 +456,17 @@ def flops(work):
 
 
 def seconds(works, device, at_least):
-    """Median seconds that each of works takes, called in turn for at_least seconds: a machine's moods hit all alike."""
+    """Median seconds that each of works takes. They take turns of 50 ms or more: a machine's moods hit all alike."""
     wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
     times, begin = [[] for _ in works], math.inf
     while time.perf_counter() - begin < at_least or len(times[0]) < 2:
         for work, taken in zip(works, times):
-            start = time.perf_counter()
-            work()
-            wait()
-            taken.append(time.perf_counter() - start)
+            start, calls = time.perf_counter(), 0
+            while calls == 0 or time.perf_counter() - start < 0.05:
+                work()
+                wait()
+                calls += 1
+            taken.append((time.perf_counter() - start) / calls)
         begin = min(begin, time.perf_counter())  # the first round is to warm up
     return [statistics.median(taken[1:]) for taken in times]
 
@@ -516,14 +518,15 @@ def bench(size, batch, device, compiled=False):
         print(f"  {name:20}{1e3 * each:9.1f} ms {batch / each:8.2f} images/s {count / batch / 1e9:8.3f} GFLOP an image "
               f"{count / each / rate:5.0%} of the matmul rate")
     whole, drawing, optimising = times[4:]
-    print(f"  {'whole training step':20}{1e3 * whole:9.1f} ms {batch / whole:8.2f} images/s; of it drawing data, masks, noise "
-          f"{drawing / whole:.1%}, optimiser and average {optimising / whole:.1%}")
+    print(f"  {'whole training step':20}{1e3 * whole:9.1f} ms {batch / whole:8.2f} images/s; of it drawing data, masks, "
+          f"noise {drawing / whole:.1%}, optimiser and average {optimising / whole:.1%}")
     model.eval()
     problems = field_problems(images, schedule)
     inputs, one = problems[-1][0], len(problems[-1][1])
     given = [inputs[name] for name in ("output_coords", "input_coords", "input_values")]
     with torch.no_grad():
-        plain, sampling = seconds([lambda: model(**inputs), lambda: ddim_sample(model, schedule, *given, num_steps=50)], device, 8.0)
+        sample = lambda: ddim_sample(model, schedule, *given, num_steps=50)
+        plain, sampling = seconds([lambda: model(**inputs), sample], device, 8.0)
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device) / 2**20
     else:

@@ -278,7 +278,8 @@ def draw_field(split, answers):
     rows = [[*((image[i] + 1) / 2 for image in (dots, *images, truth)), error[i]] for i in range(len(truth))]
     captions = [["", *(f"{psnr((image[i] - truth[i]).square().mean().item() / 4):.1f} dB" for image in images), "",
                  "white: 0.5"] for i in range(len(truth))]
-    return image_grid(rows, ["input pixels", "kriging", "one-step mean", "sample", "truth", "error of mean"], captions=captions)
+    labels = ["input pixels", "kriging", "one-step mean", "sample", "truth", "error of mean"]
+    return image_grid(rows, labels, captions=captions)
 
 
 def draw_autoencoder(model, images, seed):
@@ -482,11 +483,12 @@ def main():
     args.device = pick_device(args.device)
     if args.sampler == "ddpm" and args.steps is not None:
         raise ValueError("--steps is for DDIM; DDPM walks all timesteps (--sampler ddim --eta 1 is DDPM in fewer steps)")
-    for flag, value, good, want in (("--eta", args.eta, 0 <= args.eta <= 1, "between 0 and 1"),
-                                    ("--scale", args.scale, 1 <= args.scale <= 16, "between 1 and 16"),
-                                    ("--samples", args.samples, args.samples is None or 2 <= args.samples <= 1000, "2 to 1000"),
-                                    ("--seed", args.seed, 0 <= args.seed < 2**31, "between 0 and 2147483647"),
-                                    ("--evaluate", args.evaluate, args.evaluate in (None, -1) or args.evaluate > 0, "at least 1")):
+    for flag, value, good, want in (
+            ("--eta", args.eta, 0 <= args.eta <= 1, "between 0 and 1"),
+            ("--scale", args.scale, 1 <= args.scale <= 16, "between 1 and 16"),
+            ("--samples", args.samples, args.samples is None or 2 <= args.samples <= 1000, "2 to 1000"),
+            ("--seed", args.seed, 0 <= args.seed < 2**31, "between 0 and 2147483647"),
+            ("--evaluate", args.evaluate, args.evaluate in (None, -1) or args.evaluate > 0, "at least 1")):
         if not good:
             raise ValueError(f"{flag} must be {want}, got {value}")
 
@@ -521,12 +523,13 @@ def main():
     if args.image:
         name, images = args.image.name, load_photo(args.image, side, channels)
     else:
-        name, images, _ = load_dataset(args.data or ("auto" if path.resolve() == SHIPPED else checkpoint["data"]), args.data_dir,
-                                       train=False, real="cifar10" if kind == "nf" else "mnist")
+        wanted = args.data or ("auto" if path.resolve() == SHIPPED else checkpoint["data"])
+        name, images, _ = load_dataset(wanted, args.data_dir, train=False, real="cifar10" if kind == "nf" else "mnist")
         if images.shape[1:] != (channels, side, side):
-            raise ValueError(f"{path} wants images of {channels} x {side} x {side}, and {name} has {tuple(images.shape[1:])}")
-        wanted = {None: 6 if kind == "nf" else len(images), -1: min(1000, len(images)) if kind == "nf" else len(images)}
-        count = wanted.get(args.evaluate, args.evaluate)
+            raise ValueError(f"{path} wants images of {channels} x {side} x {side}, and {name} has "
+                             f"{tuple(images.shape[1:])}")
+        default = {None: 6, -1: min(1000, len(images))} if kind == "nf" else {None: len(images), -1: len(images)}
+        count = default.get(args.evaluate, args.evaluate)
         if count > len(images):
             raise ValueError(f"--evaluate {count}: {name} has {len(images):,} test images")
         images = images[:count]

@@ -55,7 +55,8 @@ class DiffusionSchedule:
 
     Every constant is a float32 tensor (T,), worked out in float64. A timestep `t` is an int or an int64 tensor (B,)
     with one entry per item of the batch; x_0, x_t and noise are (B, ...) of any further shape.
-    Raises ValueError for timesteps outside 1..1,000,000 or an unknown beta_schedule, IndexError for an int t outside -1..T-1.
+    Raises ValueError for timesteps outside 1..1,000,000 or an unknown beta_schedule, IndexError for an int t outside
+    -1..T-1.
     """
 
     def __init__(self, timesteps=1000, beta_schedule="cosine"):
