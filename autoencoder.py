@@ -42,10 +42,10 @@ class DenoisingAutoencoder(nn.Module):
         self.decoder = nn.Sequential(nn.Linear(latent_dim, 128), nn.ReLU(), nn.Linear(128, 256), nn.ReLU(),
                                      nn.Linear(256, input_dim), nn.Sigmoid())
         for layer in (*self.encoder, *self.decoder):
-            if isinstance(layer, nn.Linear):  # a ReLU halves the variance, this doubles it: He et al. (2015), eq. 10
+            if isinstance(layer, nn.Linear):  # the ReLU before a layer halves, this doubles: He et al. (2015), eq. 10
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                 nn.init.zeros_(layer.bias)
-        nn.init.xavier_normal_(self.decoder[-2].weight)  # no ReLU follows: Glorot & Bengio (2010), eq. 12
+        nn.init.xavier_normal_(self.decoder[-2].weight)  # smaller, so that the bias rules at first: Glorot (2010), eq. 12
 
     @torch.no_grad()
     def start_at(self, images):
@@ -346,7 +346,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the pictures")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures of the exercises to FILE")
     parser.add_argument("--bench", action="store_true", help="time the parts of a training step")
-    parser.add_argument("--batch-size", type=int, default=512, help="of --bench")
+    parser.add_argument("--batch-size", type=int, default=512, help="of training and of --bench")
     parser.error = fail
     args = parser.parse_args()
     for flag in ("seeds", "epochs", "batch_size"):
@@ -383,7 +383,7 @@ def main():
         start, progress, lab.models = time.time(), progress_line(len(kinds) * args.seeds * args.epochs), {}
         for kind in kinds:
             corrupt = lambda clean, generator: noises[kind[0]](clean, kind[1], generator)
-            lab.models[kind] = [train_autoencoder(lab.images, corrupt, args.epochs, seed,
+            lab.models[kind] = [train_autoencoder(lab.images, corrupt, args.epochs, seed, batch_size=args.batch_size,
                                                   on_epoch=lambda: progress(f"training on {title(kind)}, seed {seed}"))
                                 for seed in range(args.seeds)]
         print(f"trained in {time.time() - start:.0f} s")
@@ -449,7 +449,7 @@ def bench(model, batch):
     for name, work, each in (("forward", forward, times[0]), ("forward + backward", both, times[1])):
         print(f"{name:20}{1e3 * each:8.2f} ms {batch / each:10,.0f} images/s {flops(work) / each / rate:5.0%} of the matmul "
               f"rate ({rate / 1e9:.0f} GFLOP/s)")
-    print(f"{'training step':20}{1e3 * whole:8.2f} ms {batch / whole:10,.0f} images/s; data and noise "
+    print(f"{'train_autoencoder step':23}{1e3 * whole:8.2f} ms {batch / whole:10,.0f} images/s; data and noise "
           f"{drawing / whole:.0%}, optimiser {optimising / whole:.0%} of it; batches of {batch}, "
           f"{torch.get_num_threads()} threads")
 

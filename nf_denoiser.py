@@ -22,11 +22,10 @@ features (Tancik et al., 2020, arXiv 2006.10739). This file needs nothing but to
 """
 import argparse
 import math
-import random
 import statistics
 import sys
 import time
-from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +79,7 @@ class Attention(nn.Module):
     """Multi-head attention softmax(Q K^T / sqrt(d) + bias) V from x (B, N, dim) to context (B, M, dim): (B, N, dim).
 
     x may be (1, N, dim), the same for every context. bias (B, 1, 1, M) or None makes parts of the context count less.
-    No dropout on the softmax: it would rule out the fused kernels. ValueError for a dim that heads do not divide.
+    There is no dropout on the softmax: the fused kernel for CPUs has none. ValueError for a dim that heads do not divide.
     """
 
     def __init__(self, dim, num_heads):
@@ -123,7 +122,7 @@ class Block(nn.Module):
 class PerceiverIO(nn.Module):
     """A set of (coordinate, value) pairs in, values at any coordinates out. Perceiver IO, figure 2.
 
-    Attention costs num_latents * (N_in + N_out), not N_in * N_out.
+    Attention costs num_latents * (N_in + N_out), not N_in * N_out. dropout: of the MLPs' outputs.
     Raises ValueError where latent_dim is not a multiple of num_heads.
     """
 
@@ -294,6 +293,17 @@ class SmallUNet(nn.Module):
         return x
 
 
+class Geometry(NamedTuple):
+    """What NFDenoiser works out about a set of pixels, whatever the timestep and x_t."""
+    field: GaussianField
+    known: torch.Tensor       # occupancy of the lattice by input pixels (B, 1, side, side)
+    asked: torch.Tensor       # and by output pixels
+    input_axes: tuple         # cosine waves at the input pixels (B, N_in, side), along x and along y
+    output_axes: tuple
+    inputs: torch.Tensor      # tokens, as far as they do not depend on t (B, N_in, latent_dim)
+    outputs: torch.Tensor
+
+
 class NFDenoiser(nn.Module):
     """The neural field: predicts the clean values of noisy output pixels, given clean input pixels.
 
@@ -380,19 +390,20 @@ class NFDenoiser(nn.Module):
         return image.view(-1, 1, self.side, self.side)
 
     def geometry(self, output_coords, input_coords, input_values):
-        """All of forward that is the same at every timestep: the field, the pixels on the lattice, the tokens so far."""
+        """The part of forward that is the same at every timestep; arguments as there. Only the tokens have gradients."""
         with torch.no_grad(), torch.autocast(input_values.device.type, enabled=False):
-            done = SimpleNamespace(
-                field=GaussianField(input_coords, input_values @ self.colours, output_coords, self.covariance),
-                known=self.occupancy(input_coords), asked=self.occupancy(output_coords),
-                input_axes=self.axes(input_coords), output_axes=self.axes(output_coords))
-        done.inputs = self.perceiver.tokens(input_coords, input_values) + self.marker[0]
-        done.outputs = self.perceiver.tokens(output_coords) + self.marker[1]
-        return done
+            field = GaussianField(input_coords, input_values @ self.colours, output_coords, self.covariance)
+            lattice = self.occupancy(input_coords), self.occupancy(output_coords)
+            axes = self.axes(input_coords), self.axes(output_coords)
+        inputs = self.perceiver.tokens(input_coords, input_values) + self.marker[0]
+        return Geometry(field, *lattice, *axes, inputs, self.perceiver.tokens(output_coords) + self.marker[1])
 
     @torch.no_grad()
     def prepare(self, output_coords, input_coords, input_values):
-        """What a sampler needs again and again: hand it to forward as `prepared`, together with the same pixels."""
+        """What a sampler needs again and again: a Geometry for forward's `prepared`, and for these pixels only.
+
+        output_coords (B, N_out, 2), input_coords (B, N_in, 2), input_values (B, N_in, C). It has no gradients.
+        """
         done = self.geometry(output_coords, input_coords, input_values)
         done.field.prepare()
         return done
@@ -404,8 +415,11 @@ class NFDenoiser(nn.Module):
         N_in >= 1; t: int64 (B,) in 0..T-1; input_values (B, N_in, C): clean, never noised. Values live in [-1, 1].
         pure_noise: x_t is known to say nothing (the last timestep), which saves work; prepared: what `prepare` gave for
         these pixels, likewise.
-        Returns x_0_hat (B, N_out, C). Raises ValueError where coordinates and values do not match, or N_in is 0.
+        Returns x_0_hat (B, N_out, C). Raises ValueError where coordinates and values do not match, N_in is 0, or
+        `prepared` is used where gradients are wanted.
         """
+        if prepared and torch.is_grad_enabled():
+            raise ValueError("what prepare gives has no gradients: use it under torch.no_grad()")
         if input_coords.shape[1] < 1 or input_coords.shape[:2] != input_values.shape[:2] \
                 or output_coords.shape[:2] != noisy_output_values.shape[:2]:
             raise ValueError(f"want matching coordinates and values and at least one input pixel, got inputs "
@@ -472,11 +486,14 @@ def seconds(works, device, at_least):
 
 
 def bench(size, batch, device, compiled=False):
-    """Print what each part of a training step costs, and what sampling and torch.compile save."""
+    """Print what each part of a training step costs, and what sampling and torch.compile save.
+
+    Parts are timed with 204 output pixels; whole steps with 204 in three of four and 512 in the fourth, as in train.py.
+    """
     try:
         from sample import ddim_sample
         from schedule import DiffusionSchedule
-        from train import Objective, draw_output_ratio, field_problems
+        from train import Objective, field_problems
     except ImportError:
         raise ValueError("--bench needs the files beside this one: run it in the repository") from None
     torch.manual_seed(0)
@@ -484,10 +501,19 @@ def bench(size, batch, device, compiled=False):
     model = NFDenoiser(**SIZES[size], alphas_cumprod=schedule.alphas_cumprod).to(device)
     objective, average = Objective(model), [p.detach().clone() for p in model.parameters()]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9, fused=True)
-    images = torch.randint(0, 256, (batch, 3, 32, 32), dtype=torch.uint8, device=device)
-    lot, mixed = random.Random(0), torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
-    draw = lambda: field_problems(images, schedule, None, draw_output_ratio(lot))
-    problems, matrix = field_problems(images, schedule), torch.rand(2048, 2048, device=device)
+    data = torch.randint(0, 256, (max(5000, batch), 3, 32, 32), dtype=torch.uint8, device=device)
+    mixed = torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
+    matrix = torch.rand(2048, 2048, device=device)
+
+    def draw(output_ratio=0.2):
+        images = data.index_select(0, torch.randint(len(data), (batch,), device=device))
+        return field_problems(images, schedule, None, output_ratio)
+
+    problems, mixture = draw(), (0.2, 0.2, 0.2, 0.5)
+
+    def multiply():
+        with mixed:
+            matrix @ matrix
 
     def forward():
         with torch.no_grad(), mixed:
@@ -504,12 +530,12 @@ def bench(size, batch, device, compiled=False):
         optimizer.step()
         torch._foreach_lerp_(average, [p.detach() for p in model.parameters()], 0.01)
 
-    def step():
-        both(draw())
-        optimise()
+    def steps():
+        for output_ratio in mixture:
+            both(draw(output_ratio))
+            optimise()
 
-    multiply = lambda: matrix @ matrix
-    times = seconds([multiply, forward, multiply, both, step, draw, optimise], device, 20.0)
+    times = seconds([multiply, forward, multiply, both, steps, draw, optimise], device, 20.0)
     rate = 2 * 2048**3 / statistics.mean(times[:3:2])
     print(f"{size}: {sum(p.numel() for p in model.parameters()):,} parameters, batches of {batch}, {device}, "
           f"{torch.get_num_threads()} threads, matmul {rate / 1e9:.0f} GFLOP/s")
@@ -517,11 +543,10 @@ def bench(size, batch, device, compiled=False):
                               ("forward + backward", times[3], flops(both))):
         print(f"  {name:20}{1e3 * each:9.1f} ms {batch / each:8.2f} images/s {count / batch / 1e9:8.3f} GFLOP an image "
               f"{count / each / rate:5.0%} of the matmul rate")
-    whole, drawing, optimising = times[4:]
-    print(f"  {'whole training step':20}{1e3 * whole:9.1f} ms {batch / whole:8.2f} images/s; of it drawing data, masks, "
+    whole, drawing, optimising = times[4] / len(mixture), *times[5:]
+    print(f"  {'whole training step':20}{1e3 * whole:9.1f} ms {batch / whole:8.2f} images/s; of it data, masks and "
           f"noise {drawing / whole:.1%}, optimiser and average {optimising / whole:.1%}")
     model.eval()
-    problems = field_problems(images, schedule)
     inputs, one = problems[-1][0], len(problems[-1][1])
     given = [inputs[name] for name in ("output_coords", "input_coords", "input_values")]
     with torch.no_grad():
@@ -533,18 +558,21 @@ def bench(size, batch, device, compiled=False):
         import resource  # not on Windows
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     print(f"  {'DDIM, 50 steps':20}{1e3 * sampling:9.1f} ms for {one} images: {sampling / plain:.1f} plain forward passes; "
-          f"peak memory {peak:,.0f} MiB")
+          f"peak memory of all this {peak:,.0f} MiB")
     if compiled:
-        start, faster = time.perf_counter(), torch.compile(model.train())
-        both(objective=Objective(faster))
-        waited = time.perf_counter() - start
-        before, after = seconds([both, lambda: both(objective=Objective(faster))], device, 10.0)
-        print(f"  {'compiled':20}forward + backward {before / after:.2f} times as fast, after {waited:.0f} s of compiling")
+        start, faster = time.perf_counter(), torch.compile(model)
+        quick, lots = Objective(faster), [draw(output_ratio) for output_ratio in mixture]
+        model.train()
+        before, after = seconds([lambda run=run: [both(lot, run) for lot in lots] for run in (objective, quick)], device, 10.0)
+        model.eval()
+        plain, sampling = seconds([sample, lambda: ddim_sample(faster, schedule, *given, num_steps=50)], device, 8.0)
+        print(f"  {'compiled':20}forward + backward {before / after:.2f} times as fast, DDIM {plain / sampling:.2f} times; "
+              f"compiling and measuring took {time.perf_counter() - start:.0f} s")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bench", action="store_true", help="time a training step and sampling (a minute or two)")
+    parser.add_argument("--bench", action="store_true", help="time a training step and sampling (a few minutes)")
     parser.add_argument("--size", choices=list(SIZES), help="with --bench: only this one")
     parser.add_argument("--batch-size", type=int, help="with --bench (default: 32 for small, 4 for full)")
     parser.add_argument("--compile", action="store_true", help="with --bench: what does torch.compile gain?")

@@ -39,10 +39,10 @@ from nf_denoiser import SIZES, NFDenoiser, power_spectrum
 from sample import load_checkpoint, pick_device, report, save_checkpoint, write_json
 from schedule import DiffusionSchedule, line_chart
 
-RECIPES = {  # batch size, peak learning rate, its warm-up, decay of the weights' moving average, how long: steps or epochs
-    "nf small": dict(batch_size=32, lr=3e-3, warmup=0.02, ema=0.998, steps=1250),
-    "nf full": dict(batch_size=64, lr=1e-4, warmup=0.02, ema=0.9999, epochs=100),
-    "ae": dict(batch_size=512, lr=6e-3, warmup=0.1, ema=0.99, epochs=10),
+RECIPES = {  # batch size, peak learning rate, decay of the weights' moving average, and how long: steps or epochs
+    "nf small": dict(batch_size=32, lr=3e-3, ema=0.998, steps=1250),
+    "nf full": dict(batch_size=64, lr=1e-4, ema=0.9999, epochs=100),
+    "ae": dict(batch_size=512, lr=6e-3, ema=0.99, epochs=10),
 }
 
 
@@ -97,8 +97,7 @@ def draw_output_ratio(lot):
 
 
 def learning_rate(step, steps, peak, warmup):
-    """Straight up over the first `warmup` of the steps (100 at most), then half a cosine down to 1% of the peak."""
-    warmup = max(1, min(100, int(warmup * steps)))
+    """Straight up over the first `warmup` steps, then half a cosine down to 1% of the peak."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))))
@@ -145,7 +144,6 @@ def parse_arguments():
     for name in ("batch_size", "lr", "ema"):
         if getattr(args, name) is None:
             setattr(args, name, recipe[name])
-    args.warmup = recipe["warmup"]
     if args.steps is None and args.epochs is None:
         args.steps, args.epochs = recipe.get("steps"), recipe.get("epochs")
     if args.noise and args.model != "dae":
@@ -221,6 +219,7 @@ def main():
     weight_decay = 0.01 if args.model == "nf" else 0.0
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=weight_decay, fused=True)
     losses, first = torch.zeros(steps, device=device), 0
+    warmup = max(1, min(100, steps // 50) if args.model == "nf" else steps // 10)
     # What a resumed run must share with the run it goes on with.
     identity = dict(model=args.model, data=name, noise=args.noise, noise_param=args.noise_param, batch_size=args.batch_size,
                     lr=args.lr, ema=args.ema, masks=args.masks, seed=args.seed, **config, **settings)
@@ -280,7 +279,7 @@ def main():
         batch = images.index_select(0, index)
 
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, args.lr, args.warmup)
+            group["lr"] = learning_rate(step, steps, args.lr, warmup)
         if args.model == "nf":
             keys = fixed_keys(args.seed, index, side * side) if args.masks == "fixed" else None
             problems = field_problems(batch, schedule, keys, draw_output_ratio(random.Random(args.seed * 1_000_003 + step)))
