@@ -715,6 +715,7 @@ def test_pure_noise_says_nothing_and_asking_for_more_changes_nothing():
         once = model.prepare(out, coords, values)
         for step in (0, 300, 999):
             close(model(x, out, last * 0 + step, coords, values, prepared=once), model(x, out, last * 0 + step, coords, values), 2e-3)
+    raises(ValueError, lambda: model(x, out, last, coords, values, prepared=once), "no gradients")
     raises(ValueError, lambda: tiny_field(side=33), 33)
 
 
