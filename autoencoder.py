@@ -49,7 +49,10 @@ class DenoisingAutoencoder(nn.Module):
 
     @torch.no_grad()
     def start_at(self, images):
-        """Make the untrained network answer about the mean of images (N, ...) in [0, 1], the best constant there is."""
+        """Make the untrained network answer about the mean of images, (N, ...) with input_dim values each in [0, 1].
+
+        It is the best constant answer, so that training need not look for it. RuntimeError for another size.
+        """
         self.decoder[-2].bias.copy_(images.flatten(1).mean(0).clamp(0.01, 0.99).logit())
 
     def encode(self, x):

@@ -230,8 +230,8 @@ class GaussianField:
     def prepare(self):
         """Do once what every step of a sampler needs: with the eigenvectors of `given`, each step is a product."""
         half, given, _ = self.between()
-        self.eigen = torch.linalg.eigh(given)
-        self.back = torch.linalg.solve_triangular(self.chol.mT, half, upper=True)    # (B, N_in, N_out)
+        back = torch.linalg.solve_triangular(self.chol.mT, half, upper=True)         # (B, N_in, N_out)
+        self.eigen = *torch.linalg.eigh(given), back
 
     def condition(self, x_t, alpha_bar):
         """Take the noisy outputs in as well. x_t (B, N_out, C); alpha_bar (B,) in [0, 1].
@@ -245,9 +245,9 @@ class GaussianField:
         surprise = bar.sqrt() * (x_t - bar.sqrt() * expected)
         noise = ((1 - bar) / self.variance).clamp(min=1e-4)                          # (B, 1, C)
         if self.eigen:
-            values, vectors = self.eigen
+            values, vectors, back = self.eigen
             output_weights = vectors @ ((vectors.mT @ surprise) / (bar * values[..., None].clamp(min=0) + noise))
-            taken = self.back @ output_weights
+            taken = back @ output_weights
         else:
             system = (bar * given)[:, None].repeat(1, x_t.shape[-1], 1, 1)           # (B, C, N_out, N_out)
             system.diagonal(dim1=2, dim2=3).add_(noise.mT)
@@ -355,13 +355,12 @@ class NFDenoiser(nn.Module):
 
     def covariance(self, a, b):
         """Of the field whose cosine waves have the variances `spectrum`: (B, N, 2), (B, M, 2) -> (B, N, M)."""
-        a, b = (coords * (self.side - 1) for coords in (a, b))
-        if not a.is_cuda and all(((x - x.round()).abs() < 1e-4).all() for x in (a, b)):  # pixels: look it up
-            row, column = ((x.round() @ x.new_tensor([1.0, self.side])).long() for x in (a, b))
+        places = [coords * (self.side - 1) for coords in (a, b)]
+        if not a.is_cuda and all(((x - x.round()).abs() < 1e-4).all() for x in places):  # pixels: look it up
+            row, column = ((x.round() @ x.new_tensor([1.0, self.side])).long() for x in places)
             rows = self.table.index_select(0, row.flatten()).view(*row.shape, -1)    # (B, N, side^2)
             return rows.gather(2, column[:, None, :].expand(-1, row.shape[1], -1))
-        waves = [cosines(x, self.side) for x in (a, b)]                              # (B, N, 2, side)
-        waves = [(w[..., 1, :, None] * w[..., 0, None, :]).flatten(2) for w in waves]  # (B, N, side^2)
+        waves = [(y[..., None] * x[..., None, :]).flatten(2) for x, y in map(self.axes, (a, b))]  # (B, N, side^2)
         return waves[0] * self.spectrum.flatten() @ waves[1].mT
 
     def axes(self, coords):
@@ -549,8 +548,8 @@ def bench(size, batch, device, compiled=False):
     model.eval()
     inputs, one = problems[-1][0], len(problems[-1][1])
     given = [inputs[name] for name in ("output_coords", "input_coords", "input_values")]
+    sample = lambda: ddim_sample(model, schedule, *given, num_steps=50)
     with torch.no_grad():
-        sample = lambda: ddim_sample(model, schedule, *given, num_steps=50)
         plain, sampling = seconds([lambda: model(**inputs), sample], device, 8.0)
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device) / 2**20
