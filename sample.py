@@ -1,104 +1,102 @@
-"""Use a trained model: sample from it, measure it beside the classical alternatives, draw what it does.
+"""Use a trained neural field: sample from it, measure it beside classical methods, draw it.
 
-    python sample.py                                   # the newest checkpoint below out/, or the shipped one
-    python sample.py out/nf/checkpoint.pt --evaluate   # 1,000 test images: MSE, MAE, PSNR, SSIM of every method
-    python sample.py --sampler ddim --steps 20 --eta 1 # fewer steps, DDPM's noise;  --sampler ddpm walks all of them
-    python sample.py --full --gif                      # every missing pixel as one joint sample; denoising animated
-    python sample.py --scale 4                         # the field asked on a grid 4 times as fine
+    python sample.py                                  # newest checkpoint below out/, or the shipped
+    python sample.py out/nf/checkpoint.pt --evaluate  # 1,000 test images: MSE, MAE, PSNR, SSIM
+    python sample.py --sampler ddim --steps 20 --eta 1        # --sampler ddpm takes all timesteps
+    python sample.py --full --gif                     # all missing pixels as one sample; animation
+    python sample.py --scale 4                        # the field on a grid four times as fine
     python sample.py --image photo.png --input-ratio 0.1
-    python sample.py --evaluate 200 --input-ratio 0.05 0.1 0.2 0.3 0.5     # one table over all of them
-    python sample.py --evaluate 20 --samples 32        # are the samples' doubts honest? coverage, spread, CRPS
+    python sample.py --evaluate 20 --samples 32       # do the samples spread as they should?
 
-Two answers of the neural field are shown. The one-step mean is its prediction at t = T - 1 from pure noise, an
-estimate of E[x_0 | x_in], the best there is in squared error, and blurred where the input leaves things open. A sample
-is denoised step by step (DDIM or DDPM): a plausible image, whose squared error is larger by nature.
-
-PSNR is -10 log10(mean squared error over all images), values in [0, 1]. SSIM: Wang et al. (2004).
+Two answers are shown. The one-step mean is the prediction at t = T - 1 from pure noise, an
+estimate of E[x_0 | x_in]: the lowest squared error, and blurred where the input leaves things
+open. A sample is denoised step by step: a plausible image, whose squared error is about twice
+that of the mean. An autoencoder's checkpoint is measured by report_autoencoder of autoencoder.py.
 """
+import os
+
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # before torch is imported
 import argparse
 import json
 import math
-import os
+import sys
 import time
-import warnings
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 
-from autoencoder import DenoisingAutoencoder
-from data import DATASETS, fail, fixed_keys, image_grid, load_dataset, scatter_pixels, sparse_split
-from nf_denoiser import NFDenoiser, kriging
-from noise import NOISES
+from autoencoder import DenoisingAutoencoder, report_autoencoder
+from data import (fixed_order, heat, image_grid, load_dataset, open_picture, scatter_pixels,
+                  sparse_split, square_picture)
+from nf_denoiser import GaussianField, NFDenoiser, exponential_covariance
 from schedule import DiffusionSchedule
 
-SHIPPED = Path(__file__).resolve().parent / "assets" / "nf_small.pt"  # used where nothing has been trained yet
-
-# ------------------------------------------------------------------------------------------------------ samplers
+SHIPPED = Path(__file__).resolve().parent / "assets" / "nf_small.pt"
 
 
-def ddim_sample(model, schedule, output_coords, input_coords, input_values, num_steps=50, eta=0.0, generator=None,
-                on_step=None):
-    """Denoise a Gaussian random field at output_coords, step by step. DDIM (Song et al., 2021), eq. 12 and 16.
+# -------------------------------------------------------------------------------------- samplers
 
-    model(x_t, output_coords, t, input_coords, input_values) -> x_0_hat; output_coords (B, N_out, 2), input_coords
-    (B, N_in, 2), input_values (B, N_in, C) in the model's range, never changed. eta: 0 is deterministic given the first
-    noise, 1 is as random as DDPM. A model with a method `prepare` is given what that returns as `prepared`.
-    on_step(t, x_t, x_0_hat) is called after every step.
-    Returns (B, N_out, C), not clamped. Raises ValueError for num_steps outside 1..T or eta outside [0, 1].
+
+@torch.no_grad()
+def ddim_sample(model, schedule, output_coords, input_coords, input_values, num_steps=50, eta=0.0,
+                generator=None, on_step=None):
+    """Denoise Gaussian noise at output_coords step by step. DDIM (Song et al., 2021), eq. 12.
+
+    model(x_t, output_coords, t, input_coords, input_values) -> x_0_hat. output_coords
+    (B, N_out, 2), input_coords (B, N_in, 2), input_values (B, N_in, C) in [-1, 1]. eta: 0 is
+    deterministic given the first noise, 1 as random as DDPM. on_step(t, x_t, x_0_hat) is called
+    after each step. Returns (B, N_out, C), not clamped. Raises ValueError for num_steps outside
+    1..T or eta outside [0, 1].
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be between 0 and 1, got {eta}")
     steps = schedule.timesteps(num_steps).tolist()
-    update = lambda x_t, x_0, t, t_next, noise: schedule.ddim_step(x_t, x_0, t, t_next, eta, noise)
-    return _denoise(model, steps, update, output_coords, input_coords, input_values, generator, on_step)
-
-
-def ddpm_sample(model, schedule, output_coords, input_coords, input_values, generator=None, on_step=None):
-    """Ancestral sampling over all T timesteps. DDPM (Ho et al., 2020), algorithm 2. Arguments as in ddim_sample."""
-    steps = schedule.timesteps(schedule.num_timesteps).tolist()
-    update = lambda x_t, x_0, t, t_next, noise: schedule.ddpm_step(x_t, x_0, t, noise)
-    return _denoise(model, steps, update, output_coords, input_coords, input_values, generator, on_step)
-
-
-@torch.no_grad()
-def _denoise(model, steps, update, output_coords, input_coords, input_values, generator, on_step):
-    shape = (*output_coords.shape[:2], input_values.shape[-1])
-    x_t = _randn(shape, input_values, generator)
-    # What does not change from step to step is worked out once, where a model offers that.
-    once = dict(prepared=model.prepare(output_coords, input_coords, input_values)) if hasattr(model, "prepare") else {}
+    x_t = randn(output_coords, input_values, generator)
     for t, t_next in zip(steps, [*steps[1:], -1]):
-        x_0 = model(x_t, output_coords, torch.full(shape[:1], t, device=x_t.device), input_coords, input_values, **once)
-        x_t = update(x_t, x_0, t, t_next, _randn(shape, x_t, generator))
+        t_batch = torch.full((len(x_t),), t, device=x_t.device)
+        x_0 = model(x_t, output_coords, t_batch, input_coords, input_values)
+        noise = randn(output_coords, input_values, generator) if eta > 0 else None
+        x_t = schedule.ddim_step(x_t, x_0, t, t_next, eta, noise)
         if on_step:
             on_step(t, x_t, x_0)
     return x_t
 
 
-def _randn(shape, like, generator):
-    device = generator.device if generator else like.device
-    return torch.randn(shape, generator=generator, device=device).to(like)
+@torch.no_grad()
+def ddpm_sample(model, schedule, output_coords, input_coords, input_values, generator=None,
+                on_step=None):
+    """Ancestral sampling over all T timesteps. DDPM (Ho et al., 2020), algorithm 2.
+
+    Arguments and result as in ddim_sample.
+    """
+    x_t = randn(output_coords, input_values, generator)
+    for t in reversed(range(schedule.num_timesteps)):
+        t_batch = torch.full((len(x_t),), t, device=x_t.device)
+        x_0 = model(x_t, output_coords, t_batch, input_coords, input_values)
+        x_t = schedule.ddpm_step(x_t, x_0, t, randn(output_coords, input_values, generator))
+        if on_step:
+            on_step(t, x_t, x_0)
+    return x_t
 
 
 @torch.no_grad()
-def one_step_mean(model, schedule, output_coords, input_coords, input_values, generator=None, chunk=1024):
-    """The model's estimate of E[x_0 | x_in]: its prediction at the last timestep from pure noise, (B, N_out, C).
-
-    At that timestep an output says nothing about the others, so any number of them is asked in chunks. The model is told
-    so: pure_noise=True.
-    """
-    parts = []
-    for coords in output_coords.split(chunk, dim=1):
-        noise = _randn((*coords.shape[:2], input_values.shape[-1]), input_values, generator)
-        t = torch.full(coords.shape[:1], schedule.num_timesteps - 1, device=coords.device)
-        parts.append(model(noise, coords, t, input_coords, input_values, pure_noise=True))
-    return torch.cat(parts, dim=1)
+def one_step_mean(model, schedule, output_coords, input_coords, input_values, generator=None):
+    """The estimate of E[x_0 | x_in]: the prediction at t = T - 1 from pure noise, (B, N_out, C)."""
+    x_t = randn(output_coords, input_values, generator)
+    t = torch.full((len(x_t),), schedule.num_timesteps - 1, device=x_t.device)
+    return model(x_t, output_coords, t, input_coords, input_values, pure_noise=True)
 
 
-# ------------------------------------------------------------------------------------- alternatives and metrics
+def randn(coords, values, generator):
+    """N(0, 1) for each of coords (B, N, 2) and channel of values (B, M, C): (B, N, C)."""
+    device = generator.device if generator else values.device
+    shape = *coords.shape[:2], values.shape[2]
+    return torch.randn(shape, generator=generator, device=device).to(values)
+
+
+# -------------------------------------------------------------------- classical methods, metrics
 
 
 def nearest_pixel(output_coords, input_coords, input_values):
@@ -108,256 +106,284 @@ def nearest_pixel(output_coords, input_coords, input_values):
 
 
 def inverse_distance(output_coords, input_coords, input_values, power=4):
-    """Mean of all input pixels, weighted by distance^-power (Shepard, 1968). Shapes as in nearest_pixel."""
+    """Mean of the input pixels weighted by distance^-power (Shepard, 1968). Shapes as above."""
     weights = torch.cdist(output_coords, input_coords).clamp(min=1e-6) ** -power
     return weights / weights.sum(dim=2, keepdim=True) @ input_values
 
 
+def kriging(split):
+    """Mean of a Gaussian field with exponential covariance given a split's inputs: (B, N, C)."""
+    covariance = exponential_covariance(split["full_image"].shape[-1])
+    field = GaussianField(covariance.to(split["input_values"].device))
+    image, _ = field(split["input_indices"], split["input_values"])
+    return image.mT.gather(1, split["output_indices"][..., None].expand(-1, -1, image.shape[1]))
+
+
 def psnr(mse):
-    """Peak signal-to-noise ratio in dB of a mean squared error of values in [0, 1]; infinite for 0."""
+    """Peak signal-to-noise ratio in dB, -10 log10(mse), of values in [0, 1]; infinite for 0."""
     return math.inf if mse == 0 else -10 * math.log10(mse)
 
 
 def ssim(a, b):
-    """Structural similarity of images (B, C, H, W) in [0, 1], H and W at least 11: (B,). Wang et al. (2004), eq. 13.
+    """Structural similarity of images (B, C, H, W) in [0, 1]: (B,). Wang et al. (2004), eq. 13.
 
-    Local means and variances under a Gaussian window of 11 x 11, sigma 1.5, only where the window fits; mean over
-    places and channels. ValueError for smaller images or different shapes.
+    Gaussian window of 11 x 11, sigma 1.5, where it fits; mean over places and channels.
+    Raises ValueError for images below 11 x 11 or of different shapes.
     """
     if a.shape != b.shape or min(a.shape[-2:]) < 11:
-        raise ValueError(f"SSIM wants two batches of the same shape, 11 x 11 at least: {tuple(a.shape)}, {tuple(b.shape)}")
-    a, b = a.double(), b.double()  # a variance is a small difference of large numbers
-    window = torch.exp(-((torch.arange(11, device=a.device, dtype=a.dtype) - 5) ** 2) / (2 * 1.5**2))
-    window = window / window.sum()
-    channels = a.shape[1]
-
-    def blur(x):  # a separable convolution: rows, then columns
-        x = F.conv2d(x, window.view(1, 1, 11, 1).expand(channels, -1, -1, -1), groups=channels)
-        return F.conv2d(x, window.view(1, 1, 1, 11).expand(channels, -1, -1, -1), groups=channels)
-
+        raise ValueError(f"SSIM needs two batches of one shape, at least 11 x 11; got "
+                         f"{tuple(a.shape)} and {tuple(b.shape)}")
+    batch = len(a)
+    # on the CPU in float64, because a variance is a small difference of large numbers
+    a, b = (x.flatten(0, 1)[:, None].cpu().double() for x in (a, b))
+    window = torch.exp(-((torch.arange(11, dtype=torch.float64) - 5) ** 2) / (2 * 1.5**2))
+    window = window[:, None] * window / window.sum() ** 2
+    blur = lambda x: F.conv2d(x, window[None, None])
     mean_a, mean_b = blur(a), blur(b)
-    var_a, var_b, cov = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2, blur(a * b) - mean_a * mean_b
+    var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
+    covariance = blur(a * b) - mean_a * mean_b
     c1, c2 = 0.01**2, 0.03**2
-    score = (2 * mean_a * mean_b + c1) * (2 * cov + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
-    return score.flatten(1).mean(1)
+    score = ((2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+             / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2)))
+    return score.view(batch, -1).mean(1)
 
 
-# ---------------------------------------------------------------------------------------------------- evaluation
+# ------------------------------------------------------------------------------------ evaluation
 
 
 @torch.no_grad()
-def reconstruct(model, schedule, images, keys, input_ratio=0.2, output_ratio=0.2, full=False, sampler="ddim",
+def reconstruct(model, schedule, images, order, input_ratio=0.2, full=False, sampler="ddim",
                 num_steps=50, eta=0.0, generator=None, on_step=None):
-    """Every method's answer for a batch of images (B, C, H, W), masks from keys (B, H * W).
+    """Every method's values for the missing pixels of images (B, C, H, W), masks from `order`.
 
-    Returns (split, outputs, answers): the sparse_split whose output is every pixel that is not input; how many of
-    them, from the first, are the output pixels that count (all if full); and {method: (B, N, C)} for all of them. A
-    sample is drawn jointly for the output pixels; what is left of the image is the one-step mean given input and sample.
+    Returns (split, n_out, answers): the sparse_split whose outputs are all missing pixels; how
+    many of them, from the first, are measured (a fifth of the image; all if full); and
+    {method: (B, N, C)}. The sample is drawn jointly for those n_out pixels; the others are the
+    one-step mean given the input and the sample.
     """
-    asked = sparse_split(images[:1], input_ratio, None if full else output_ratio, keys=keys[:1])  # checks the ratios
-    outputs, split = asked["output_indices"].shape[1], sparse_split(images, input_ratio, None, keys=keys)
-    given, coords = (split["input_coords"], split["input_values"]), split["output_coords"]
-    asked, rest = coords[:, :outputs], coords[:, outputs:]
+    split = sparse_split(images, input_ratio, None, order=order)
+    n_out = split["output_indices"].shape[1]
+    if not full:
+        measured = sparse_split(images[:1], input_ratio, 0.2, order=order[:1])
+        n_out = measured["output_indices"].shape[1]
+    given = split["input_coords"], split["input_values"]
+    coords, rest = split["output_coords"].split([n_out, split["output_coords"].shape[1] - n_out], 1)
     if sampler == "ddim":
-        sample = ddim_sample(model, schedule, asked, *given, num_steps, eta, generator, on_step)
+        sample = ddim_sample(model, schedule, coords, *given, num_steps, eta, generator, on_step)
     else:
-        sample = ddpm_sample(model, schedule, asked, *given, generator, on_step)
+        sample = ddpm_sample(model, schedule, coords, *given, generator, on_step)
     if rest.shape[1]:
-        known = torch.cat([given[0], asked], 1), torch.cat([given[1], sample.clamp(-1, 1)], 1)
+        known = torch.cat([given[0], coords], 1), torch.cat([given[1], sample.clamp(-1, 1)], 1)
         sample = torch.cat([sample, one_step_mean(model, schedule, rest, *known, generator)], 1)
-    return split, outputs, {
-        "one_step_mean": one_step_mean(model, schedule, coords, *given, generator),
+    answers = {
+        "one-step mean": one_step_mean(model, schedule, split["output_coords"], *given, generator),
         "sample": sample,
-        "nearest": nearest_pixel(coords, *given),
-        "inverse_distance": inverse_distance(coords, *given),
-        "kriging": kriging(coords, *given),
+        "kriging": kriging(split),
+        "inverse distance": inverse_distance(split["output_coords"], *given),
+        "nearest": nearest_pixel(split["output_coords"], *given),
     }
+    return split, n_out, answers
 
 
 def evaluate_field(model, schedule, images, seed=0, batch=100, **options):
-    """Every method on every image: {method: {"mse", "mae", "psnr", "ssim"}}, values in [0, 1], see `reconstruct`.
+    """{method: {"mse", "mae", "psnr", "ssim"}} over images uint8 (N, C, H, W), values in [0, 1].
 
-    images: uint8 (N, C, H, W); the mask of image i is a function of (seed, i). MSE and MAE are over the output pixels,
-    after clamping, and PSNR is that of the mean MSE; SSIM is over whole images, input pixels kept.
+    The mask of image i is a function of (seed, i). MSE and MAE are over the measured pixels,
+    clamped; PSNR is that of the mean MSE; SSIM is of whole images with the input pixels kept.
+    options: those of reconstruct.
     """
-    generator, totals = torch.Generator().manual_seed(seed), {}
+    generator, sums = torch.Generator().manual_seed(seed), {}
     for start in range(0, len(images), batch):
         part = images[start:start + batch]
-        index = torch.arange(start, start + len(part), device=images.device)
-        keys = fixed_keys(seed, index, part[0, 0].numel())
-        split, outputs, answers = reconstruct(model, schedule, part, keys, generator=generator, **options)
+        order = mask_order(seed, range(start, start + len(part)), images)
+        split, n_out, answers = reconstruct(model, schedule, part, order, generator=generator,
+                                            **options)
         for name, values in answers.items():
-            error = (values.clamp(-1, 1) - split["output_values"])[:, :outputs] / 2
-            similarity = ssim(*(image / 2 + 0.5 for image in (whole(split, values), split["full_image"])))
-            sums = torch.stack([error.square().mean((1, 2)), error.abs().mean((1, 2)), similarity]).sum(1)
-            totals[name] = totals.get(name, 0) + sums.double()
-    means = {name: (total / len(images)).tolist() for name, total in totals.items()}
-    return {name: {"mse": mse, "mae": mae, "psnr": psnr(mse), "ssim": s} for name, (mse, mae, s) in means.items()}
+            error = (values.clamp(-1, 1) - split["output_values"])[:, :n_out] / 2
+            similarity = ssim(assemble(split, values) / 2 + 0.5, split["full_image"] / 2 + 0.5)
+            each = error.square().mean().item(), error.abs().mean().item(), similarity.mean().item()
+            sums[name] = [a + b * len(part) for a, b in zip(sums.get(name, (0, 0, 0)), each)]
+    means = {name: [value / len(images) for value in total] for name, total in sums.items()}
+    return {name: dict(mse=mse, mae=mae, psnr=psnr(mse), ssim=similarity)
+            for name, (mse, mae, similarity) in means.items()}
 
 
 @torch.no_grad()
+def one_step_psnr(model, schedule, images, seed=0):
+    """PSNR in dB of the one-step mean and of kriging on images uint8 (N, C, H, W), 20% given."""
+    split = sparse_split(images, order=mask_order(seed, range(len(images)), images))
+    training = model.training
+    model.eval()
+    mean = one_step_mean(model, schedule, split["output_coords"], split["input_coords"],
+                         split["input_values"], torch.Generator().manual_seed(seed))
+    model.train(training)
+    return tuple(psnr(((values.clamp(-1, 1) - split["output_values"]) / 2).square().mean().item())
+                 for values in (mean, kriging(split)))
+
+
 def evaluate_samples(model, schedule, images, count, seed=0, input_ratio=0.2, num_steps=50, eta=0.0):
-    """Is the spread of `count` DDIM samples an honest statement of doubt? images uint8 (N, C, H, W).
+    """Do `count` DDIM samples of each image spread as they should? images: uint8 (N, C, H, W).
 
-    Returns coverage, the share of output values within the samples' central 90% (of perfect samples 0.9; for a count of
-    32 that is 29 / 33 = 0.88); spread, the samples' mean standard deviation; crps, the continuous ranked probability
-    score mean |x - y| - mean |x - x'| / 2 (Gneiting & Raftery, 2007, eq. 21); psnr_mean, of the mean of the samples; all
-    for values in [0, 1].
+    Returns coverage, the share of true values inside the samples' central 90% (of perfect
+    samples 29/33 = 0.88 for a count of 32), spread, their mean standard deviation, and
+    psnr_mean, the PSNR of their mean; values in [0, 1].
     """
-    generator, sums = torch.Generator().manual_seed(seed), torch.zeros(4, dtype=torch.float64)
+    generator, sums = torch.Generator().manual_seed(seed), torch.zeros(3)
     for i, image in enumerate(images):
-        keys = fixed_keys(seed, torch.tensor([i], device=images.device), image[0].numel())
-        split = sparse_split(image[None], input_ratio, keys=keys)
-        many = [split[name].expand(count, -1, -1) for name in ("output_coords", "input_coords", "input_values")]
-        x = ddim_sample(model, schedule, *many, num_steps, eta, generator).clamp(-1, 1) / 2  # (count, N_out, C)
-        y = split["output_values"][0] / 2
-        # A value covered by the central 90% has between 5% and 95% of the samples below it.
-        below = ((x < y).sum(0) + (x <= y).sum(0)) / (2 * count)
-        ordered = x.sort(dim=0)[0]
-        rank = (2 * torch.arange(1, count + 1, device=x.device) - count - 1)[:, None, None]
-        apart = 2 * (rank * ordered).sum(0) / count**2  # mean |x - x'| over all pairs, from the order statistics
-        sums += torch.stack([((below >= 0.05) & (below <= 0.95)).float().mean(), x.std(0).mean(),
-                             ((x - y).abs().mean(0) - apart / 2).mean(), (x.mean(0) - y).square().mean()]).cpu()
-    coverage, spread, crps, mse = (sums / len(images)).tolist()
-    return dict(samples=count, images=len(images), coverage=coverage, spread=spread, crps=crps, psnr_mean=psnr(mse))
+        split = sparse_split(image[None], input_ratio, order=mask_order(seed, [i], images))
+        copies = [split[name].expand(count, -1, -1)
+                  for name in ("output_coords", "input_coords", "input_values")]
+        x = ddim_sample(model, schedule, *copies, num_steps, eta, generator).clamp(-1, 1) / 2
+        truth = split["output_values"][0] / 2                                # (N_out, C)
+        rank = ((x < truth).sum(0) + (x <= truth).sum(0)) / (2 * count)      # 0 to 1
+        inside = ((rank >= 0.05) & (rank <= 0.95)).float().mean()
+        sums += torch.stack([inside, x.std(0).mean(), (x.mean(0) - truth).square().mean()]).cpu()
+    coverage, spread, mse = (sums / len(images)).tolist()
+    return dict(coverage=coverage, spread=spread, psnr_mean=psnr(mse))
 
 
-def whole(split, values):
-    """The full image (B, C, H, W) in [-1, 1]: input pixels as they are, all others from values (B, N, C)."""
+def mask_order(seed, indices, images):
+    """fixed_order for the images with these indices, on the device of images (N, C, H, W)."""
+    return fixed_order(seed, torch.tensor(indices), images[0, 0].numel()).to(images.device)
+
+
+def assemble(split, values):
+    """Whole images (B, C, H, W) in [-1, 1]: the input pixels, and values (B, N, C) elsewhere."""
     image = scatter_pixels(split["output_indices"], values.clamp(-1, 1), split["full_image"].shape)
     return scatter_pixels(split["input_indices"], split["input_values"], image.shape, image)
 
 
-@torch.no_grad()
-def evaluate_autoencoder(model, images, seed=0):
-    """{corruption: {"mse_before", "mse", "mae", "psnr", "ssim"}} against the clean images uint8 (N, 1, H, W).
-
-    The corruptions are none and each of noise.NOISES at its default strength, the same noise for the same seed.
-    """
-    clean, results = images.float() / 255, {}
-    for name, noisy in corruptions(clean, seed).items():
-        restored = model(noisy)[0]
-        mse = (restored - clean).square().mean().item()
-        results[name] = {"mse_before": (noisy - clean).square().mean().item(), "mse": mse,
-                         "mae": (restored - clean).abs().mean().item(), "psnr": psnr(mse),
-                         "ssim": torch.cat(list(map(ssim, restored.split(200), clean.split(200)))).mean().item()}
-    return results
-
-
-def corruptions(clean, seed):
-    """{name: clean images (N, ...) in [0, 1] under that corruption at its default strength}; noise drawn on the CPU."""
-    generator = torch.Generator().manual_seed(seed)
-    noisy = {name: add(clean.cpu(), strength, generator).to(clean) for name, (add, strength) in NOISES.items()}
-    return {"clean": clean, **noisy}
-
-
-def print_table(results, title):
-    columns = list(next(iter(results.values())))
-    heads = {"mse_before": "MSE before", "mse": "MSE", "mae": "MAE", "psnr": "PSNR dB", "ssim": "SSIM"}
-    print(title)
-    print(f"{'':18}" + "".join(f"{heads[c]:>12}" for c in columns))
-    for name, row in results.items():
-        print(f"{name.replace('_', ' '):18}" + "".join(f"{row[c]:12.{2 if c == 'psnr' else 5}f}" for c in columns))
-
-
-# ------------------------------------------------------------------------------------------------------ pictures
-
-
-def heat(error, limit=0.5):
-    """Absolute error (C, H, W) as a heat map (3, H, W): black 0, red, yellow, white at `limit` and above."""
-    level = 3 * (error.abs().mean(0) / limit).clamp(0, 1)
-    return torch.stack([level.clamp(0, 1), (level - 1).clamp(0, 1), (level - 2).clamp(0, 1)])
+# -------------------------------------------------------------------------------------- pictures
 
 
 def draw_field(split, answers):
-    """Input pixels | kriging | one-step mean | sample | truth | absolute error of the one-step mean."""
-    shape, truth = split["full_image"].shape, split["full_image"]
-    dots = scatter_pixels(split["input_indices"], split["input_values"], shape)
-    images = [whole(split, answers[name]) for name in ("kriging", "one_step_mean", "sample")]
-    error = [heat((a - b) / 2) for a, b in zip(images[1], truth)]
-    rows = [[*((image[i] + 1) / 2 for image in (dots, *images, truth)), error[i]] for i in range(len(truth))]
-    captions = [["", *(f"{psnr((image[i] - truth[i]).square().mean().item() / 4):.1f} dB" for image in images), "",
-                 "white: 0.5"] for i in range(len(truth))]
+    """Input pixels, kriging, one-step mean, sample, truth, error of the mean; PSNR below."""
+    truth = split["full_image"]
+    given = scatter_pixels(split["input_indices"], split["input_values"], truth.shape)
+    images = [assemble(split, answers[name]) for name in ("kriging", "one-step mean", "sample")]
+    rows, captions = [], []
+    for i, x in enumerate(truth):
+        row = [given[i], *(image[i] for image in images), x]
+        rows.append([*(y / 2 + 0.5 for y in row), heat((images[1][i] - x) / 2)])
+        each = (psnr((image[i] - x).square().mean().item() / 4) for image in images)
+        captions.append(["", *(f"{value:.1f} dB" for value in each), "", "white: 0.5"])
     labels = ["input pixels", "kriging", "one-step mean", "sample", "truth", "error of mean"]
     return image_grid(rows, labels, captions=captions)
 
 
-def draw_autoencoder(model, images, seed):
-    """Ten images: clean, then for each corruption noisy, reconstructed, and the error as a heat map."""
-    clean = images[:10].float() / 255
-    rows, labels = [], []
-    with torch.no_grad():
-        for name, noisy in corruptions(clean, seed).items():
-            restored = model(noisy)[0]
-            rows += [list(noisy), list(restored), [heat(e) for e in restored - clean]]
-            labels += [name.replace("_", " "), "reconstructed", "abs. error"]
-    return image_grid(rows, row_labels=labels, zoom=2)
-
-
-def draw_spread(model, schedule, images, keys, args, generator, most=16):
-    """Where is the field unsure? Mean and standard deviation of joint samples of whole images, beside the real error."""
+def draw_spread(model, schedule, images, order, generator, count, **options):
+    """Three whole-image samples; mean of `count` of them, truth, deviation, error of the mean."""
     rows = []
-    for image, key in zip(images, keys):
-        count = min(most, args.samples)
-        copies = image.expand(count, -1, -1, -1), key.expand(count, -1)
-        split, _, answers = reconstruct(model, schedule, *copies, args.input_ratio[0], full=True,
-                                        num_steps=args.steps, eta=args.eta, generator=generator)
-        many, truth = (whole(split, answers["sample"]) + 1) / 2, (split["full_image"][0] + 1) / 2
-        rows.append([*many[:3], many.mean(0), truth, heat(many.std(0), 0.25), heat(many.mean(0) - truth, 0.25)])
-    samples = [f"sample {i + 1}" for i in range(min(3, args.samples))]
-    return image_grid(rows, [*samples, "mean", "truth", "std. deviation", "error of mean"], zoom=3)
+    for image, one in zip(images, order):
+        split, _, answers = reconstruct(model, schedule, image.expand(count, -1, -1, -1),
+                                        one.expand(count, -1), full=True, generator=generator,
+                                        **options)
+        many, truth = assemble(split, answers["sample"]) / 2 + 0.5, split["full_image"][0] / 2 + 0.5
+        rows.append([*many[:2], many.mean(0), truth, heat(many.std(0), 0.25),
+                     heat(many.mean(0) - truth, 0.25)])
+    labels = ["sample 1", "sample 2", "mean", "truth", "std. deviation", "error of mean"]
+    return image_grid(rows, labels, zoom=3)
 
 
-@torch.no_grad()
 def draw_fine(model, schedule, split, scale, generator):
-    """The field on a grid `scale` times as fine, beside kriging on that grid and the truth enlarged (bicubic)."""
-    truth, given = split["full_image"], (split["input_coords"], split["input_values"])
-    height, width = (n * scale for n in truth.shape[2:])
-    axes = torch.linspace(0, 1, height), torch.linspace(0, 1, width)
-    grid = torch.stack(torch.meshgrid(*axes, indexing="ij")[::-1], -1).view(1, -1, 2).to(truth)  # (1, H * W, 2) as (x, y)
-    coords = grid.expand(len(truth), -1, -1)
-    smooth_field = torch.cat([kriging(part, *given) for part in coords.split(4096, dim=1)], dim=1)
-    fields = [smooth_field, one_step_mean(model, schedule, coords, *given, generator)]
-    fields = [(f.clamp(-1, 1) + 1).mT.unflatten(-1, (height, width)) / 2 for f in fields]
-    dots = (scatter_pixels(split["input_indices"], split["input_values"], truth.shape) + 1) / 2
-    dots = F.interpolate(dots, scale_factor=scale)
-    smooth = F.interpolate((truth + 1) / 2, size=(height, width), mode="bicubic", align_corners=True)
-    return image_grid([list(row) for row in zip(dots, *fields, smooth)],
-                      ["input pixels", f"kriging x{scale}", f"field x{scale}", "truth, bicubic"], zoom=max(1, 6 // scale))
+    """The field on a grid `scale` times as fine, beside the input and the truth (bicubic)."""
+    truth = split["full_image"]
+    height, width = (scale * n for n in truth.shape[2:])
+    y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
+    coords = torch.stack([x, y], -1).view(1, -1, 2).to(truth).expand(len(truth), -1, -1)
+    fine = one_step_mean(model, schedule, coords, split["input_coords"], split["input_values"],
+                         generator).mT.unflatten(-1, (height, width))
+    given = scatter_pixels(split["input_indices"], split["input_values"], truth.shape)
+    given = F.interpolate(given, scale_factor=scale)
+    smooth = F.interpolate(truth, size=(height, width), mode="bicubic", align_corners=True)
+    rows = [[x / 2 + 0.5 for x in row] for row in zip(given, fine, smooth)]
+    return image_grid(rows, ["input pixels", f"field x{scale}", "truth, bicubic"],
+                      zoom=max(1, 6 // scale))
 
 
-# ------------------------------------------------------------------------------------------------- command line
+def animate(split, n_out, frames, path):
+    """A GIF of x_t (above) and the prediction x_0_hat (below) at each step of a sampler."""
+    shape, pictures = split["full_image"].shape, []
+    given = scatter_pixels(split["input_indices"], split["input_values"], shape)
+    for t, x_t, x_0 in [*frames[::max(1, len(frames) // 50)], *[frames[-1]] * 10]:
+        rows = [list(scatter_pixels(split["output_indices"][:, :n_out], x.clamp(-1, 1), shape,
+                                    given) / 2 + 0.5) for x in (x_t, x_0)]
+        pictures.append(image_grid(rows, [f"t = {t}"], ["x_t", "prediction"], zoom=3))
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=100, loop=0)
+
+
+def report_field(model, schedule, images, folder, name, seed=0, samples=None, scale=1, gif=False,
+                 **options):
+    """Print the table of evaluate_field, draw the pictures, return {method: figures}.
+
+    images: uint8 (N, C, H, W). samples, scale, gif: as the flags. options: those of reconstruct.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    results = evaluate_field(model, schedule, images, seed, **options)
+    few, frames = images[:6], []
+    order, generator = mask_order(seed, range(len(few)), images), torch.Generator().manual_seed(seed)
+    split, n_out, answers = reconstruct(model, schedule, few, order, generator=generator,
+                                        on_step=lambda *step: frames.append(step), **options)
+    print(f"{name}: {len(images):,} images, {split['input_indices'].shape[1]} pixels given, "
+          f"{n_out} measured, sample in {len(frames)} steps, mask seed {seed}\n"
+          f"{'':18}{'MSE':>10}{'MAE':>10}{'PSNR dB':>10}{'SSIM':>10}")
+    for method, row in results.items():
+        print(f"{method:18}{row['mse']:10.5f}{row['mae']:10.5f}{row['psnr']:10.2f}"
+              f"{row['ssim']:10.4f}")
+    pictures = {"samples.png": draw_field(split, answers)}
+    if samples:
+        options = {key: value for key, value in options.items() if key in ("num_steps", "eta",
+                                                                          "input_ratio")}
+        results["samples"] = evaluate_samples(model, schedule, images, samples, seed, **options)
+        print("{samples} samples an image: {coverage:.1%} of the true values in the central 90%, "
+              "standard deviation {spread:.4f}, PSNR of their mean {psnr_mean:.2f} dB"
+              .format(samples=samples, **results["samples"]))
+        pictures["spread.png"] = draw_spread(model, schedule, few[:4], order, generator,
+                                             min(16, samples), **options)
+    if scale > 1:
+        pictures["scale.png"] = draw_fine(model, schedule, split, scale, generator)
+    for file, picture in pictures.items():
+        picture.save(folder / file)
+        print(f"picture: {folder / file}")
+    if gif:
+        animate(split, n_out, frames, folder / "denoising.gif")
+        print(f"animation: {folder / 'denoising.gif'}")
+    return results
+
+
+# ----------------------------------------------------------------------------------- checkpoints
 
 
 def load_checkpoint(path, device="cpu"):
-    """A checkpoint of train.py, without running any code in it: (model with the averaged weights, the whole dict).
+    """A checkpoint of train.py, loaded without running code in it: (model, the whole dict).
 
-    Raises ValueError for a file that is no such checkpoint, OSError where it cannot be read.
+    Raises ValueError for a file that is no such checkpoint or damaged, OSError if it cannot be
+    read.
     """
-    file = open(path, "rb")
-    try:
-        with file, zipfile.ZipFile(file) as archive:  # torch would take a flipped bit for a weight
-            if (damaged := archive.testzip()) is not None:
-                raise ValueError(f"{damaged} is damaged")
+    with open(path, "rb") as file:
+        try:
+            with zipfile.ZipFile(file) as archive:  # torch.load does not compare the checksums
+                if (damaged := archive.testzip()) is not None:
+                    raise ValueError(f"{damaged} is damaged")
             file.seek(0)
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        kind, config, weights = (checkpoint[key] for key in ("kind", "config", "ema"))
-        missing = {"step", "data", "schedule"} - checkpoint.keys()
-        if kind == "nf":
-            missing |= {"input_channels", "side"} - config.keys()
-            config = config | {name: weights[name] for name in ("alphas_cumprod", "spectrum")}
-        if missing:
-            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-        model = (NFDenoiser if kind == "nf" else DenoisingAutoencoder)(**config)
-        model.load_state_dict(weights)
-    except Exception as problem:  # a file that is something else, or damaged, can fail in any way
-        reason = str(problem).strip().split("\n")[0][:120]
-        raise ValueError(f"{path} is not a checkpoint of train.py ({type(problem).__name__}: {reason})") from None
+            weights, config = checkpoint["model"], checkpoint["config"]
+            weights = {name: value.float() for name, value in weights.items()}
+            if checkpoint["kind"] == "nf":
+                model = NFDenoiser(weights["alphas_cumprod"], **config)
+            else:
+                model = DenoisingAutoencoder(**config)
+            model.load_state_dict(weights)
+            checkpoint["step"], checkpoint["data"], checkpoint["schedule"]
+        except Exception as problem:  # another or a damaged file can fail in any way
+            reason = f"{type(problem).__name__}: {str(problem).strip()}".split("\n")[0][:150]
+            raise ValueError(f"{path} is not a checkpoint of this version of train.py "
+                             f"({reason})") from None
     return model.to(device).eval(), checkpoint
 
 
 def save_checkpoint(path, checkpoint):
-    """Write to a temporary file, flush it to the disk, rename: the old checkpoint lives until the new one is whole."""
+    """Write a temporary file, flush it to the disk, rename it: a crash spares the old checkpoint."""
     temporary = path.with_suffix(".part")
     try:
         with open(temporary, "wb") as file:
@@ -365,187 +391,120 @@ def save_checkpoint(path, checkpoint):
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except RuntimeError as problem:  # what torch.save makes of a full disk
+    except RuntimeError as problem:  # torch.save's error for a full disk
         raise OSError(f"cannot write {path}: {str(problem).splitlines()[0]}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def write_json(path, figures):
+    """Write figures as JSON, with null for the infinite PSNR of a perfect answer."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figures = json.loads(json.dumps(figures), parse_constant=lambda _: None)
+    path.write_text(json.dumps(figures, indent=1) + "\n")
+
+
 def pick_device(name):
-    """torch.device(name), if this machine has it: ValueError if not."""
+    """torch.device(name). Raises ValueError if this machine does not have it."""
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as problem:
-        raise ValueError(f"--device {name} cannot be used: {str(problem).splitlines()[0]}") from None
+        reason = str(problem).splitlines()[0]
+        raise ValueError(f"--device {name} cannot be used: {reason}") from None
 
 
-def load_photo(path, side, channels):
-    """Any picture as uint8 (1, channels, side, side): the middle square, resized. ValueError if it cannot be read."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                image = ImageOps.exif_transpose(image).convert("RGB" if channels == 3 else "L")
-        image = ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
-    except Exception as problem:  # Pillow's readers of damaged files can fail in any way
-        raise ValueError(f"cannot use {path} as a picture: {problem}") from None
-    return torch.from_numpy(np.array(image)).view(1, side, side, channels).permute(0, 3, 1, 2)
+# ------------------------------------------------------------------------------------------ main
 
 
-def report(model, checkpoint, images, folder, args, name):
-    """Table, grid and the extras that the flags ask for. Returns {method: figures}."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if checkpoint["kind"] != "nf":
-        results = evaluate_autoencoder(model, images, args.seed)
-        print_table(results, f"{checkpoint['kind']} on {name}, {len(images):,} images, noise seed {args.seed}")
-        pictures = {"samples.png": draw_autoencoder(model, images, args.seed)}
-    else:
-        schedule = DiffusionSchedule(**checkpoint["schedule"]).to(images.device)
-        options = dict(full=args.full, sampler=args.sampler, num_steps=args.steps, eta=args.eta)
-        if len(args.input_ratio) > 1:  # one row a ratio: PSNR of every method
-            table = {ratio: evaluate_field(model, schedule, images, args.seed, input_ratio=ratio, **options)
-                     for ratio in args.input_ratio}
-            print(f"PSNR in dB on {name}, {len(images):,} images, seed {args.seed}, by the share of pixels given\n      "
-                  + "".join(f"{method.replace('_', ' '):>18}" for method in table[args.input_ratio[0]]))
-            for ratio, row in table.items():
-                print(f"{ratio:6.0%}" + "".join(f"{figures['psnr']:18.2f}" for figures in row.values()))
-            return {f"{method} at {ratio:g}": figures for ratio, row in table.items() for method, figures in row.items()}
-        options["input_ratio"] = args.input_ratio[0]
-        results = evaluate_field(model, schedule, images, args.seed, **options)
-        few, frames = images[:6], []
-        keys = fixed_keys(args.seed, torch.arange(len(few), device=images.device), images[0, 0].numel())
-        generator = torch.Generator().manual_seed(args.seed)
-        split, outputs, answers = reconstruct(model, schedule, few, keys, generator=generator, **options,
-                                              on_step=lambda t, x_t, x_0: frames.append((t, x_t, x_0)))
-        n_in, pixels = split["input_indices"].shape[1], images[0, 0].numel()
-        how = f"{args.sampler} {len(frames)} steps" + (f", eta {args.eta:g}" if args.sampler == "ddim" else "")
-        print_table(results, f"nf on {name}, {len(images):,} images, {n_in} input and {outputs} output pixels of "
-                             f"{pixels}, {how}, seed {args.seed}")
-        pictures = {"samples.png": draw_field(split, answers)}
-        if args.samples:
-            results["samples"] = evaluate_samples(model, schedule, images, args.samples, args.seed, args.input_ratio[0],
-                                                  args.steps, args.eta)
-            print("{samples} samples of {images} images: {coverage:.1%} of the values within the central 90%, spread "
-                  "{spread:.4f}, CRPS {crps:.4f}, PSNR of their mean {psnr_mean:.2f} dB".format(**results["samples"]))
-            pictures["spread.png"] = draw_spread(model, schedule, images[:4], keys, args, generator)
-        if args.scale > 1:
-            pictures["scale.png"] = draw_fine(model, schedule, split, args.scale, generator)
-        if args.gif:
-            animate(split, outputs, frames, folder / "denoising.gif")
-            print(f"animation: {folder / 'denoising.gif'}")
-    for file, picture in pictures.items():
-        picture.save(folder / file)
-        print(f"picture: {folder / file}")
-    return results
-
-
-def write_json(path, figures):
-    """Figures as JSON, which knows no infinity (the PSNR of a perfect answer): null."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(json.loads(json.dumps(figures), parse_constant=lambda _: None), indent=1) + "\n")
-
-
-def animate(split, outputs, frames, path):
-    """The field while it is denoised: x_t above, the prediction x_0_hat below, input pixels always in place."""
-    shape, pictures = split["full_image"].shape, []
-    given = scatter_pixels(split["input_indices"], split["input_values"], shape)
-    for t, x_t, x_0 in frames[::max(1, len(frames) // 50)] + [frames[-1]] * 10:
-        rows = [list(scatter_pixels(split["output_indices"][:, :outputs], v.clamp(-1, 1), shape, given) / 2 + 0.5)
-                for v in (x_t, x_0)]
-        pictures.append(image_grid(rows, [f"t = {t}"], ["x_t", "prediction"]))
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=100, loop=0)
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("checkpoint", nargs="?", type=Path, help="default: the newest below --out, or the shipped")
+    add("--sampler", choices=["ddim", "ddpm"], default="ddim")
+    add("--steps", type=int, help="of DDIM (default 50); DDPM takes all timesteps")
+    add("--eta", type=float, default=0.0, help="randomness of DDIM, 0 to 1")
+    add("--seed", type=int, default=0, help="of the masks and the noise")
+    add("--input-ratio", type=float, default=0.2, help="share of the pixels that is given")
+    add("--samples", type=int, metavar="K", help="draw K samples an image, measure their spread")
+    add("--full", action="store_true", help="sample all missing pixels jointly")
+    add("--scale", type=int, default=1, help="query a grid this many times as fine")
+    add("--image", type=Path, help="a picture of your own, reduced to the model's size")
+    add("--gif", action="store_true", help="animate the denoising")
+    add("--evaluate", type=int, nargs="?", const=1000, default=6, metavar="N",
+        help="measure on the first N test images (1,000 if N is left out)")
+    add("--export", type=Path, metavar="FILE", help="write the weights alone, in half precision")
+    add("--json", type=Path, metavar="FILE", help="write the figures of the table to FILE")
+    add("--data", help="default: what the model was trained on")
+    add("--data-dir", type=Path, default=Path("data"), help="where data sets are")
+    add("--out", type=Path, default=Path("out"), help="folder for everything that is written")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    for flag, value, low, high in (("eta", args.eta, 0, 1), ("scale", args.scale, 1, 16),
+                                   ("seed", args.seed, 0, 2**31 - 1),
+                                   ("samples", args.samples or 2, 2, 1000),
+                                   ("evaluate", args.evaluate, 1, 10**6),
+                                   ("steps", 1 if args.steps is None else args.steps, 1, 10**6)):
+        if not low <= value <= high:
+            parser.error(f"--{flag} must be between {low} and {high}, got {value}")
+    if args.sampler == "ddpm" and (args.steps or args.samples):
+        parser.error("--steps and --samples are for DDIM; DDPM takes all timesteps")
+    return args
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", nargs="?", type=Path, help="default: the newest below --out, or the shipped one")
-    parser.add_argument("--sampler", choices=["ddim", "ddpm"], default="ddim")
-    parser.add_argument("--steps", type=int, help="of DDIM (default 50); DDPM walks all timesteps")
-    parser.add_argument("--eta", type=float, default=0.0, help="randomness of DDIM, 0 to 1")
-    parser.add_argument("--seed", type=int, default=0, help="of the masks and the noise")
-    parser.add_argument("--input-ratio", type=float, nargs="+", default=[0.2], help="share of the pixels that is given")
-    parser.add_argument("--samples", type=int, metavar="K", help="draw K samples an image and measure their spread")
-    parser.add_argument("--full", action="store_true", help="sample every missing pixel jointly")
-    parser.add_argument("--scale", type=int, default=1, help="ask the field on a grid this many times as fine")
-    parser.add_argument("--image", type=Path, help="a picture of your own instead of test images")
-    parser.add_argument("--gif", action="store_true", help="animate the denoising")
-    parser.add_argument("--evaluate", type=int, nargs="?", const=-1, metavar="N",
-                        help="measure on the first N test images (default 1,000; all for the autoencoders)")
-    parser.add_argument("--export", type=Path, metavar="FILE", help="write a checkpoint of the averaged weights alone")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures of the table to FILE")
-    parser.add_argument("--data", choices=DATASETS, help="default: what the model was trained on")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where data sets are, or are put")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for everything that is written")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
-    parser.error = fail
-    args = parser.parse_args()
-    args.device = pick_device(args.device)
-    if args.sampler == "ddpm" and args.steps is not None:
-        raise ValueError("--steps is for DDIM; DDPM walks all timesteps (--sampler ddim --eta 1 is DDPM in fewer steps)")
-    for flag, value, good, want in (
-            ("--eta", args.eta, 0 <= args.eta <= 1, "between 0 and 1"),
-            ("--scale", args.scale, 1 <= args.scale <= 16, "between 1 and 16"),
-            ("--samples", args.samples, args.samples is None or 2 <= args.samples <= 1000, "2 to 1000"),
-            ("--seed", args.seed, 0 <= args.seed < 2**31, "between 0 and 2147483647"),
-            ("--evaluate", args.evaluate, args.evaluate in (None, -1) or args.evaluate > 0, "at least 1")):
-        if not good:
-            raise ValueError(f"{flag} must be {want}, got {value}")
-
-    path = args.checkpoint
+    args, start = parse_arguments(), time.time()
+    device, path = pick_device(args.device), args.checkpoint
     if path is None:
         found = sorted(args.out.rglob("checkpoint.pt"), key=lambda file: file.stat().st_mtime)
-        if not found and not SHIPPED.exists():
-            raise ValueError(f"no checkpoint below {args.out}: train one with `python train.py --model nf`")
         path = found[-1] if found else SHIPPED
-    model, checkpoint = load_checkpoint(path, args.device)
+        if not path.exists():
+            raise ValueError(f"no checkpoint below {args.out}: python train.py --model nf makes one")
+    model, checkpoint = load_checkpoint(path, device)
     kind = checkpoint["kind"]
     print(f"{path}: {kind}, {checkpoint['step']:,} steps on {checkpoint['data']}")
-    run_model = torch.compile(model) if args.compile else model
-    extras = args.gif or args.scale > 1 or args.samples
-    if kind != "nf" and (args.full or extras):
-        raise ValueError(f"--full, --gif, --scale and --samples are for the neural field, and {path} is an autoencoder")
-    if extras and len(args.input_ratio) > 1 or args.samples and args.sampler == "ddpm":
-        raise ValueError("--gif, --scale and --samples want one --input-ratio, and --samples the DDIM sampler")
-    if args.steps is None:
-        args.steps = min(50, checkpoint["schedule"].get("timesteps", 50))
-
     if args.export:
         args.export.parent.mkdir(parents=True, exist_ok=True)
-        small = {key: checkpoint[key] for key in ("kind", "config", "schedule", "data", "step", "ema")}
-        # Weights in half precision: half the file, and less than 0.001 dB. (Not the buffers: alpha_bar_T would become 0.)
-        weights = {name: p.half() for name, p in model.named_parameters()}
-        save_checkpoint(args.export, {**small, "ema": {**small["ema"], **weights}})
+        small = {key: checkpoint[key] for key in ("kind", "config", "schedule", "data", "step")}
+        half = {name: p.detach().half().cpu() for name, p in model.named_parameters()}
+        save_checkpoint(args.export, small | dict(model=checkpoint["model"] | half))
         print(f"exported: {args.export}")
 
-    start = time.time()
-    channels, side = (checkpoint["config"]["input_channels"], checkpoint["config"]["side"]) if kind == "nf" else (1, 28)
+    channels, side = 1, 28
+    if kind == "nf":
+        channels, side = (checkpoint["config"][key] for key in ("input_channels", "side"))
     if args.image:
-        name, images = args.image.name, load_photo(args.image, side, channels)
+        name, images = args.image.name, square_picture(open_picture(args.image), channels, side)[None]
     else:
-        wanted = args.data or ("auto" if path.resolve() == SHIPPED else checkpoint["data"])
-        name, images, _ = load_dataset(wanted, args.data_dir, train=False, real="cifar10" if kind == "nf" else "mnist")
+        wanted = args.data or ("auto" if path == SHIPPED else checkpoint["data"])
+        real = "cifar10" if kind == "nf" else "mnist"
+        name, images, _ = load_dataset(wanted, args.data_dir, train=False, real=real)
         if images.shape[1:] != (channels, side, side):
-            raise ValueError(f"{path} wants images of {channels} x {side} x {side}, and {name} has "
-                             f"{tuple(images.shape[1:])}")
-        default = {None: 6, -1: min(1000, len(images))} if kind == "nf" else {None: len(images), -1: len(images)}
-        count = default.get(args.evaluate, args.evaluate)
-        if count > len(images):
-            raise ValueError(f"--evaluate {count}: {name} has {len(images):,} test images")
-        images = images[:count]
-    results = report(run_model, checkpoint, images.to(args.device), args.out / kind, args, name)
+            raise ValueError(f"{path} takes images of {channels} x {side} x {side}, and those of "
+                             f"{name} are {tuple(images.shape[1:])}")
+        images = images if kind != "nf" else images[:args.evaluate]
+    images, folder = images.to(device), args.out / kind
+    if kind == "nf":
+        schedule = DiffusionSchedule(**checkpoint["schedule"]).to(device)
+        results = report_field(model, schedule, images, folder, name, args.seed, args.samples,
+                               args.scale, args.gif, input_ratio=args.input_ratio, full=args.full,
+                               sampler=args.sampler, eta=args.eta,
+                               num_steps=args.steps or min(50, schedule.num_timesteps))
+    else:
+        results = report_autoencoder(model, images, folder, name, args.seed)
     if args.json:
-        figures = {"checkpoint": str(path), "data": name, "images": len(images), "seed": args.seed,
-                   "samples": results.pop("samples", None), "methods": results}
-        write_json(args.json, figures)
+        write_json(args.json, dict(checkpoint=str(path), data=name, images=len(images),
+                                   seed=args.seed, methods=results))
         print(f"figures: {args.json}")
-    print(f"{time.time() - start:.0f} s on {args.device}")
+    print(f"{time.time() - start:.0f} s on {device}")
 
 
 if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as problem:
-        fail(problem)
+        sys.exit(f"error: {problem}")
+    except torch.OutOfMemoryError:
+        sys.exit("error: out of memory: use a smaller --evaluate or --samples")
     except KeyboardInterrupt:
-        raise SystemExit(130)
+        sys.exit(130)

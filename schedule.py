@@ -1,17 +1,19 @@
-"""The arithmetic of diffusion: how a clean value becomes noise, and one step back.
+"""The arithmetic of diffusion: how clean data becomes noise, and how to take one step back.
 
-Forward process   x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps,   eps ~ N(0, I)
+Forward process   x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps,    eps ~ N(0, I)
                   alpha_t = 1 - beta_t,   alpha_bar_t = alpha_0 alpha_1 ... alpha_t
-Reverse process   a network predicts x_0 from x_t ("x0-prediction"); ddim_step or ddpm_step turn that
-                  prediction into x at an earlier, less noisy timestep.
+Reverse process   a network predicts x_0 from x_t; ddim_step or ddpm_step turns the prediction
+                  into x at an earlier, less noisy timestep
 
-Timesteps run from 0 (almost clean) to T - 1 (almost pure noise); -1 stands for clean data, alpha_bar = 1.
+Timesteps run from 0 (almost clean) to T - 1 (almost pure noise). t = -1 stands for clean data,
+where alpha_bar = 1.
 
-    python schedule.py                    # draws beta_t, alpha_bar_t and the mixing coefficients: out/schedule.png
+    python schedule.py                     # beta_t, alpha_bar_t and x_t's weights: out/schedule.png
     python schedule.py --timesteps 100
 
-Papers: DDPM (Ho et al., 2020, arXiv 2006.11239), DDIM (Song et al., 2021, arXiv 2010.02502), Improved DDPM
-(Nichol & Dhariwal, 2021, arXiv 2102.09672). This file needs nothing but torch and Pillow: copy it anywhere.
+Papers: DDPM (Ho et al., 2020, arXiv 2006.11239), DDIM (Song et al., 2021, arXiv 2010.02502),
+Improved DDPM (Nichol & Dhariwal, 2021, arXiv 2102.09672). This file needs only torch and Pillow:
+copy it anywhere.
 """
 import argparse
 import math
@@ -23,10 +25,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 
 def cosine_beta_schedule(timesteps, s=0.008):
-    """Betas whose alpha_bar follows a squared cosine. Improved DDPM, eq. 17.
+    """Betas for which alpha_bar follows a squared cosine. Improved DDPM, eq. 17.
 
-    timesteps: T >= 1; s: small offset that keeps the first betas from vanishing.
-    Returns float64 (T,), clipped to [0.0001, 0.9999]. Raises ValueError for timesteps < 1.
+    timesteps: T, 1 to 1,000,000. s: an offset that keeps the first betas from being tiny.
+    Returns float64 (T,), clipped to [0.0001, 0.9999]. Raises ValueError for another T.
     """
     _check_timesteps(timesteps)
     u = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
@@ -35,9 +37,10 @@ def cosine_beta_schedule(timesteps, s=0.008):
 
 
 def linear_beta_schedule(timesteps, beta_start=0.0001, beta_end=0.02):
-    """Betas that rise in a straight line. DDPM, section 4.
+    """Betas on a straight line. DDPM, section 4.
 
-    Returns float64 (T,), from beta_start to beta_end. Raises ValueError for timesteps < 1 or betas outside (0, 1).
+    timesteps: T, 1 to 1,000,000. Returns float64 (T,), from beta_start to beta_end.
+    Raises ValueError for another T and for betas outside (0, 1).
     """
     _check_timesteps(timesteps)
     if not (0 < beta_start < 1 and 0 < beta_end < 1):
@@ -51,124 +54,124 @@ def _check_timesteps(timesteps):
 
 
 class DiffusionSchedule:
-    """All constants of one noise schedule, and the steps that use them.
+    """The constants of a noise schedule, and the steps that use them.
 
-    Every constant is a float32 tensor (T,), worked out in float64. A timestep `t` is an int or an int64 tensor (B,)
-    with one entry per item of the batch; x_0, x_t and noise are (B, ...) of any further shape.
-    Raises ValueError for timesteps outside 1..1,000,000 or an unknown beta_schedule, IndexError for an int t outside
-    -1..T-1.
+    timesteps: T, 1 to 1,000,000. beta_schedule: "cosine" or "linear". Each constant is a float64
+    tensor (T,). In all methods a timestep is an int, or an int64 tensor (B,) with one entry for
+    each item of the batch, and x_0, x_t and noise are float (B, ...) of one shape, which is also
+    that of the result. Raises ValueError for another T or beta_schedule; the methods raise
+    IndexError for an int timestep out of range.
     """
 
     def __init__(self, timesteps=1000, beta_schedule="cosine"):
         if beta_schedule not in ("cosine", "linear"):
-            raise ValueError(f"beta_schedule must be 'cosine' or 'linear', got {beta_schedule!r}")
-        betas = cosine_beta_schedule(timesteps) if beta_schedule == "cosine" else linear_beta_schedule(timesteps)
+            raise ValueError(f"beta_schedule must be cosine or linear, got {beta_schedule!r}")
+        make_betas = cosine_beta_schedule if beta_schedule == "cosine" else linear_beta_schedule
         self.num_timesteps = timesteps
-        self.beta_schedule = beta_schedule
-
-        alphas = 1 - betas
-        log_alpha_bar = torch.log1p(-betas).cumsum(0)
-        alpha_bar = log_alpha_bar.exp()
-        one = torch.ones(1, dtype=torch.float64)
-        alpha_bar_prev = torch.cat([one, alpha_bar[:-1]])
-        variance = betas * (1 - alpha_bar_prev) / (1 - alpha_bar)  # eq. 7 of DDPM; 0 at t = 0
-
-        constants = {
-            "betas": betas,
-            "alphas": alphas,
-            "alphas_cumprod": alpha_bar,
-            "alphas_cumprod_prev": alpha_bar_prev,
-            "sqrt_alphas_cumprod": alpha_bar.sqrt(),
-            "sqrt_one_minus_alphas_cumprod": (1 - alpha_bar).sqrt(),
-            "sqrt_recip_alphas_cumprod": (1 / alpha_bar).sqrt(),
-            "sqrt_recipm1_alphas_cumprod": (1 / alpha_bar - 1).sqrt(),
-            "posterior_variance": variance,
-            "posterior_log_variance": variance.clamp(min=1e-20).log(),
-            # Entry t + 1 is log(alpha_bar_t), so that t = -1 finds log(1) = 0. Steps work with the logarithm because
-            # 1 - alpha_bar loses its digits in float32 where alpha_bar is near 1, and -expm1(log alpha_bar) does not.
-            "_log_alpha_bar": torch.cat([0 * one, log_alpha_bar]),
-        }
-        self._names = list(constants)
-        for name, value in constants.items():
-            setattr(self, name, value.float())
+        self.betas = make_betas(timesteps)
+        self.alphas = 1 - self.betas
+        self.alphas_cumprod = self.alphas.cumprod(0)
+        self.alphas_cumprod_prev = torch.cat([torch.ones_like(self.betas[:1]),
+                                              self.alphas_cumprod[:-1]])
+        self.sqrt_alphas_cumprod = self.alphas_cumprod.sqrt()
+        self.sqrt_one_minus_alphas_cumprod = (1 - self.alphas_cumprod).sqrt()
+        self.sqrt_recip_alphas_cumprod = (1 / self.alphas_cumprod).sqrt()
+        self.sqrt_recipm1_alphas_cumprod = (1 / self.alphas_cumprod - 1).sqrt()
+        # eq. 7 of DDPM; 0 at t = 0, so the logarithm is clipped there
+        self.posterior_variance = (self.betas * (1 - self.alphas_cumprod_prev)
+                                   / (1 - self.alphas_cumprod))
+        self.posterior_log_variance = self.posterior_variance.clamp(min=1e-20).log()
 
     def to(self, device):
-        """Move every constant to `device`; returns the schedule itself."""
-        for name in self._names:
-            setattr(self, name, getattr(self, name).to(device))
+        """Move the constants to `device` (as float32 to "mps", which has no float64)."""
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
+                setattr(self, name, value.to(device, dtype))
         return self
 
-    def _log_at(self, t, like):
-        """log(alpha_bar_t), shaped to multiply `like`: () for an int t, (B, 1, ..., 1) for a tensor t."""
-        if isinstance(t, int) and not -1 <= t < self.num_timesteps:
-            raise IndexError(f"timestep {t} is outside -1 to {self.num_timesteps - 1}")
-        value = self._log_alpha_bar[t + 1]
-        return value if value.dim() == 0 else value.view(-1, *[1] * (like.dim() - 1))
-
     def q_sample(self, x_0, t, noise):
-        """Jump from clean data straight to timestep t. DDPM, eq. 4."""
-        log_bar = self._log_at(t, x_0)
-        return (log_bar / 2).exp() * x_0 + (-torch.expm1(log_bar)).sqrt() * noise
+        """Noisy data x_t from clean data x_0. DDPM, eq. 4; noise: N(0, I)."""
+        x_t = (_at(self.sqrt_alphas_cumprod, t, x_0) * x_0
+               + _at(self.sqrt_one_minus_alphas_cumprod, t, x_0) * noise)
+        return x_t.to(x_0.dtype)
 
     def predict_eps(self, x_t, t, x_0):
-        """The noise that would lead from x_0 to x_t; q_sample solved for it. DDIM, eq. 9, the other way round."""
-        log_bar = self._log_at(t, x_t)
-        return (x_t - (log_bar / 2).exp() * x_0) / (-torch.expm1(log_bar)).sqrt()
+        """The noise in x_t if x_0 is the clean data: DDPM, eq. 4, solved for eps."""
+        eps = ((_at(self.sqrt_recip_alphas_cumprod, t, x_t) * x_t - x_0)
+               / _at(self.sqrt_recipm1_alphas_cumprod, t, x_t))
+        return eps.to(x_t.dtype)
 
     def ddim_step(self, x_t, x_0, t, t_next, eta=0.0, noise=None):
-        """From timestep t to an earlier t_next, given the predicted x_0. DDIM, eq. 12, sigma from eq. 16.
+        """From timestep t to any earlier t_next, given the predicted x_0. DDIM, eq. 12.
 
-        t_next: any timestep below t, or -1 for clean data. eta: 0 is deterministic; 1 on consecutive timesteps is
-        DDPM. noise: the N(0, I) that sigma multiplies; drawn here if it is None and eta > 0.
+        t_next: below t; -1 is clean data. eta: 0 is deterministic; 1 with t_next = t - 1 is DDPM.
+        noise: N(0, I); drawn here if it is None and eta > 0.
         """
-        log_bar, log_next = self._log_at(t, x_t), self._log_at(t_next, x_t)
-        one_minus_bar, one_minus_next = -torch.expm1(log_bar), -torch.expm1(log_next)
-        # eq. 16: sigma^2 = eta^2 (1 - alpha_bar_next) / (1 - alpha_bar) (1 - alpha_bar / alpha_bar_next)
-        variance = eta**2 * one_minus_next / one_minus_bar * -torch.expm1(log_bar - log_next)
+        alpha_bar = _at(self.alphas_cumprod, t, x_t)
+        alpha_bar_next = _at(self.alphas_cumprod_prev, t_next + 1, x_t)  # 1 for t_next = -1
         eps = self.predict_eps(x_t, t, x_0)
-        # eq. 12: predicted x_0 + direction that points to x_t (what sigma adds is left out of it) + noise
-        x_next = (log_next / 2).exp() * x_0 + (one_minus_next - variance).clamp(min=0).sqrt() * eps
+        # eq. 16 of DDIM
+        sigma = eta * ((1 - alpha_bar_next) / (1 - alpha_bar)
+                       * (1 - alpha_bar / alpha_bar_next)).sqrt()
+        # eq. 12: predicted x_0, direction pointing to x_t, random noise
+        direction = (1 - alpha_bar_next - sigma**2).clamp(min=0).sqrt() * eps
+        x_next = alpha_bar_next.sqrt() * x_0 + direction
         if eta > 0:
-            x_next = x_next + variance.sqrt() * (torch.randn_like(x_t) if noise is None else noise)
-        return x_next
+            x_next = x_next + sigma * (torch.randn_like(x_t) if noise is None else noise)
+        return x_next.to(x_t.dtype)
 
     def ddpm_step(self, x_t, x_0, t, noise=None):
-        """From t to t - 1 by a draw from the posterior q(x_{t-1} | x_t, x_0). DDPM, eq. 6 and 7.
+        """From t to t - 1: a draw from q(x_{t-1} | x_t, x_0). DDPM, eq. 6 and 7.
 
-        noise: N(0, I), drawn here if None; at t = 0 the variance is 0 and the result is x_0.
+        noise: N(0, I); drawn here if it is None. At t = 0 the variance is 0 and the result x_0.
         """
-        log_bar, log_prev = self._log_at(t, x_t), self._log_at(t - 1, x_t)
-        one_minus_bar, one_minus_prev = -torch.expm1(log_bar), -torch.expm1(log_prev)
-        beta = -torch.expm1(log_bar - log_prev)
-        mean = (log_prev / 2).exp() * beta / one_minus_bar * x_0
-        mean = mean + ((log_bar - log_prev) / 2).exp() * one_minus_prev / one_minus_bar * x_t
-        variance = beta * one_minus_prev / one_minus_bar
-        return mean + variance.sqrt() * (torch.randn_like(x_t) if noise is None else noise)
+        beta, alpha = _at(self.betas, t, x_t), _at(self.alphas, t, x_t)
+        alpha_bar = _at(self.alphas_cumprod, t, x_t)
+        alpha_bar_prev = _at(self.alphas_cumprod_prev, t, x_t)
+        posterior_mean = (alpha_bar_prev.sqrt() * beta / (1 - alpha_bar) * x_0
+                          + alpha.sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar) * x_t)
+        noise = torch.randn_like(x_t) if noise is None else noise
+        x_prev = posterior_mean + _at(self.posterior_variance, t, x_t).sqrt() * noise
+        return x_prev.to(x_t.dtype)
 
     def timesteps(self, num_steps):
-        """`num_steps` timesteps to sample at: int64 (num_steps,), descending, evenly spread from T - 1 to 0.
+        """Timesteps to sample at: int64 (num_steps,), falling, evenly spread from T - 1 to 0.
 
-        One step alone is T - 1. Raises ValueError for num_steps outside 1..T.
+        A single step is at T - 1. Raises ValueError for num_steps outside 1..T.
         """
         if not 1 <= num_steps <= self.num_timesteps:
-            raise ValueError(f"the number of sampling steps must be 1 to {self.num_timesteps}, got {num_steps}")
-        return torch.linspace(self.num_timesteps - 1, 0, num_steps, dtype=torch.float64).round().long()
+            raise ValueError(f"the number of sampling steps must be 1 to {self.num_timesteps}, "
+                             f"got {num_steps}")
+        spread = torch.linspace(self.num_timesteps - 1, 0, num_steps, dtype=torch.float64)
+        return spread.round().long()
+
+
+def _at(constant, t, x):
+    """constant[t] with the dimensions it needs to multiply x: () or (B, 1, ..., 1)."""
+    if isinstance(t, int) and not 0 <= t < len(constant):
+        raise IndexError(f"timestep out of range: a schedule has {len(constant)} of them")
+    value = constant[t]
+    return value if value.dim() == 0 else value.view(-1, *[1] * (x.dim() - 1))
 
 
 COLOURS = ["#1f6fb4", "#d1481f", "#2b9348", "#8a4fbf", "#b8860b", "#555555"]
 
 
 def line_chart(title, curves, size=(460, 320), log_y=False):
-    """A line chart as a PIL image. curves: {label: (xs, ys)} with sequences of finite numbers; log_y wants ys > 0."""
-    width, height = size
-    left, right, top, bottom = 62, 24, 30, 30
-    image = Image.new("RGB", size, "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=12)
-    scale = (lambda y: math.log10(max(y, 1e-12))) if log_y else float
-    xs = [float(x) for curve in curves.values() for x in curve[0]]
-    ys = [scale(y) for curve in curves.values() for y in curve[1]]
-    x_low, x_high, y_low, y_high = min(xs), max(xs), min(ys), max(ys)
-    x_span, y_span = (x_high - x_low) or 1.0, (y_high - y_low) or 1.0
+    """A line chart as a PIL image.
+
+    curves: {label: (xs, ys)}, sequences of finite numbers; with log_y the ys must be positive.
+    """
+    (width, height), left, right, top, bottom = size, 62, 24, 30, 30
+    image, font = Image.new("RGB", size, "white"), ImageFont.load_default(size=12)
+    draw = ImageDraw.Draw(image)
+    scale = math.log10 if log_y else float
+    points = {label: [(float(x), scale(y)) for x, y in zip(*curve)]
+              for label, curve in curves.items()}
+    all_x, all_y = zip(*(point for curve in points.values() for point in curve))
+    x_low, y_low = min(all_x), min(all_y)
+    x_span, y_span = (max(all_x) - x_low) or 1.0, (max(all_y) - y_low) or 1.0
 
     def place(x, y):
         return (left + (x - x_low) / x_span * (width - left - right),
@@ -177,54 +180,47 @@ def line_chart(title, curves, size=(460, 320), log_y=False):
     draw.text((left, 8), title, fill="black", font=font)
     for i in range(5):
         x, y = x_low + i / 4 * x_span, y_low + i / 4 * y_span
-        draw.line([place(x_low, y), place(x_high, y)], fill="#e4e4e4")
-        value = 10**y if log_y else y if abs(y) > 1e-4 * y_span else 0
-        draw.text((left - 6, place(x_low, y)[1]), f"{value:.3g}", fill="#444", font=font, anchor="rm")
-        draw.text((place(x, y_low)[0], height - bottom + 6), f"{x:.4g}", fill="#444", font=font, anchor="ma")
-    for i, (label, (curve_x, curve_y)) in enumerate(curves.items()):
+        draw.line([place(x_low, y), place(x_low + x_span, y)], fill="#e4e4e4")
+        label = f"{10**y if log_y else y:.3g}"
+        draw.text((left - 6, place(x, y)[1]), label, fill="#444", font=font, anchor="rm")
+        draw.text((place(x, y)[0], height - bottom + 6), f"{x:.4g}", fill="#444", font=font,
+                  anchor="ma")
+    for i, (label, curve) in enumerate(points.items()):
         colour = COLOURS[i % len(COLOURS)]
-        points = [place(float(x), scale(y)) for x, y in zip(curve_x, curve_y)]
-        draw.line(points, fill=colour, width=2, joint="curve")
-        draw.text((width - right - 4, top + 4 + 15 * i), label, fill=colour, font=font, anchor="ra")
+        draw.line([place(x, y) for x, y in curve], fill=colour, width=2, joint="curve")
+        draw.text((width - right, top + 15 * i), label, fill=colour, font=font, anchor="ra")
     return image
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--timesteps", type=int, default=1000, help="T, the length of the diffusion")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--timesteps", type=int, default=1000, help="T, length of the diffusion")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the picture")
-    parser.error = fail
     args = parser.parse_args()
 
     schedules = {name: DiffusionSchedule(args.timesteps, name) for name in ("cosine", "linear")}
     t = range(args.timesteps)
-    charts = [
-        line_chart("beta_t", {name: (t, s.betas.tolist()) for name, s in schedules.items()}, log_y=True),
-        line_chart("alpha_bar_t", {name: (t, s.alphas_cumprod.tolist()) for name, s in schedules.items()}),
-        line_chart("x_t = a x_0 + b eps", {f"{letter} {name}": (t, getattr(s, constant).tolist())
-                                          for name, s in schedules.items() for letter, constant in
-                                          (("a", "sqrt_alphas_cumprod"), ("b", "sqrt_one_minus_alphas_cumprod"))}),
-    ]
-    picture = Image.new("RGB", (sum(c.width for c in charts), charts[0].height), "white")
+    betas = {name: (t, s.betas.tolist()) for name, s in schedules.items()}
+    alpha_bars = {name: (t, s.alphas_cumprod.tolist()) for name, s in schedules.items()}
+    weights = {}
+    for name, s in schedules.items():
+        weights[f"{name}: weight of x_0"] = (t, s.sqrt_alphas_cumprod.tolist())
+        weights[f"{name}: weight of eps"] = (t, s.sqrt_one_minus_alphas_cumprod.tolist())
+    charts = [line_chart("beta_t", betas, log_y=True), line_chart("alpha_bar_t", alpha_bars),
+              line_chart("x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps", weights)]
+    picture = Image.new("RGB", (3 * 460, 320))
     for i, chart in enumerate(charts):
-        picture.paste(chart, (i * chart.width, 0))
+        picture.paste(chart, (i * 460, 0))
     args.out.mkdir(parents=True, exist_ok=True)
     picture.save(args.out / "schedule.png")
-
-    print(f"{'t':>6}" + "".join(f"{name + ' beta':>14}{name + ' abar':>14}" for name in schedules))
-    for i in sorted({0, *[args.timesteps * k // 4 for k in (1, 2, 3)], args.timesteps - 1}):
-        print(f"{i:6d}" + "".join(f"{s.betas[i]:14.6f}{s.alphas_cumprod[i]:14.6f}" for s in schedules.values()))
+    for name, s in schedules.items():
+        print(f"{name}: beta {s.betas[0]:.6f} to {s.betas[-1]:.6f}, "
+              f"alpha_bar {s.alphas_cumprod[0]:.6f} to {s.alphas_cumprod[-1]:.3g}")
     print(f"picture: {args.out / 'schedule.png'}")
-
-
-def fail(message):
-    """One line on stderr, exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as problem:
-        fail(problem)
+        sys.exit(f"error: {problem}")

@@ -1,29 +1,31 @@
-"""Train the neural field (nf), the denoising autoencoder (dae) or its control, the plain autoencoder (ae).
+"""Train the neural field (nf), the denoising autoencoder (dae) or its control, the autoencoder (ae).
 
-    python train.py --model nf                       # built for 2 CPU cores and under 10 minutes; on a GPU: --size full
-    python train.py --model dae                      # MNIST, Gaussian noise 0.3;  --model ae: no noise
+    python train.py --model nf                        # 2 CPU cores: minutes; a GPU: 20,000 steps
+    python train.py --model nf --size medium --steps 5000          # a wider U-Net for an hour
+    python train.py --model nf --parts field unet     # leave a part of the model out
     python train.py --model dae --noise salt_pepper --noise-param 0.4
-    python train.py --model nf --steps 20000         # longer; --resume goes on where a stopped run was
-    torchrun --standalone --nproc_per_node=2 train.py --model nf      # several processes share every batch
+    python train.py --model nf --data my_photos       # a folder of your own pictures
+    python train.py --model nf --resume               # go on where a stopped run was
+    torchrun --standalone --nproc_per_node=2 train.py --model nf   # processes share every batch
+    python train.py --model nf --bench                # images per second, and what they are spent on
 
-One loop for all three: take clean images, corrupt them, compare what the model makes of it with the CLEAN images.
+All three compare a prediction with the CLEAN image:
 
-    nf     t ~ timesteps, eps ~ N(0, I), x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps at the output pixels
-           loss = mean (f(x_t, coords_out, t, coords_in, x_in) - x_0)^2        DDPM, algorithm 1, for x0-prediction
-    dae    loss = mean (g(f(corrupt(x))) - x)^2                                Vincent et al. (2008)
+    nf     x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps at the output pixels
+           loss = mean (f(x_t, coords_out, t, coords_in, x_in) - x_0)^2     DDPM, algorithm 1
+    dae    loss = mean (g(f(corrupt(x))) - x)^2       the loop is train_autoencoder in autoencoder.py
     ae     loss = mean (g(f(x)) - x)^2
 
-Whatever is random in step n is drawn from a generator seeded with (seed, n): nothing but the step number is needed to
-go on with a stopped run, on a CPU bit for bit. Every process draws it for the whole batch, and takes its own rows.
-
-Below out/MODEL: checkpoint.pt, loss.csv, loss.png, samples.png and results.json.
+Everything random in step n comes from a generator seeded with (seed, n), so a run can be resumed
+from the step number alone, on a CPU bit for bit. Below out/MODEL: checkpoint.pt, loss.csv,
+loss.png, samples.png and results.json.
 """
+import os
+
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # before torch is imported
 import argparse
-import copy
 import csv
 import math
-import os
-import random
 import signal
 import sys
 import time
@@ -31,329 +33,420 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 
-import noise as corruption
-from autoencoder import DenoisingAutoencoder
-from data import DATASETS, fail, fixed_keys, load_dataset, sparse_split
-from nf_denoiser import SIZES, NFDenoiser, power_spectrum
-from sample import load_checkpoint, pick_device, report, save_checkpoint, write_json
+from autoencoder import (DenoisingAutoencoder, corruption, report_autoencoder, test_error,
+                         train_autoencoder, warmup_cosine)
+from data import fixed_order, load_dataset, sparse_split
+from nf_denoiser import PARTS, SIZES, NFDenoiser, pixel_covariance
+from noise import NOISES
+from sample import (load_checkpoint, one_step_psnr, pick_device, report_field, save_checkpoint,
+                    write_json)
 from schedule import DiffusionSchedule, line_chart
 
-RECIPES = {  # batch size, peak learning rate, decay of the weights' moving average, and how long: steps or epochs
-    "nf small": dict(batch_size=32, lr=3e-3, ema=0.998, steps=1250),
-    "nf full": dict(batch_size=64, lr=1e-4, ema=0.9999, epochs=100),
-    "ae": dict(batch_size=512, lr=6e-3, ema=0.99, epochs=10),
+# ------------------------------------------------------------------------------- the neural field
+
+
+def field_loss(model, images, schedule, pure_noise, order=None, rows=slice(None)):
+    """DDPM, algorithm 1, for x_0 instead of eps: the loss of one draw of pixels, t and noise.
+
+    images: uint8 (B, C, H, W). pure_noise: all at the last timestep, where the one-step mean is
+    learned, and every missing pixel is an output; otherwise t is uniform and a fifth of the
+    pixels are outputs. order: (B, H * W) for fixed masks. rows: those of this process.
+    """
+    split = sparse_split(images, output_ratio=None if pure_noise else 0.2, order=order)
+    x_0, T = split["output_values"], schedule.num_timesteps
+    t = torch.randint(T - 1 if pure_noise else 0, T, (len(x_0),), device=x_0.device)
+    x_t = schedule.q_sample(x_0, t, noise=torch.randn_like(x_0))
+    x_0_hat = model(x_t[rows], split["output_coords"][rows], t[rows], split["input_coords"][rows],
+                    split["input_values"][rows], pure_noise)
+    return F.mse_loss(x_0_hat, x_0[rows])
+
+
+def train_field(model, optimizers, images, schedule, args, first=0, rows=slice(None)):
+    """The training loop: yields (steps done, loss) after each of args.steps, from step `first`.
+
+    images: uint8 (N, C, H, W). One half of each batch is at the last timestep, the other at all.
+    """
+    per_epoch, half = len(images) // args.batch_size, args.batch_size // 2
+    for step in range(first, args.steps):
+        epoch, place = divmod(step, per_epoch)
+        if place == 0 or step == first:
+            generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
+            shuffled = torch.randperm(len(images), generator=generator).to(images.device)
+        torch.manual_seed(args.seed * 1_000_003 + step)
+        index = shuffled[place * args.batch_size:(place + 1) * args.batch_size]
+        batch, orders = images[index], (None, None)
+        if args.masks == "fixed":
+            orders = fixed_order(args.seed, index, images[0, 0].numel()).split(half)
+        with mixed_precision(images.device):
+            loss = (field_loss(model, batch[:half], schedule, True, orders[0], rows)
+                    + field_loss(model, batch[half:], schedule, False, orders[1], rows)) / 2
+        model.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            group = optimizer.param_groups[0]
+            group["lr"] = group["initial_lr"] * warmup_cosine(step, args.steps, 0.02)
+            optimizer.step()
+        yield step + 1, loss.detach()
+
+
+def mixed_precision(device):
+    """bfloat16 autocast where a GPU has it in hardware."""
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrices are made orthogonal. Jordan et al. (2024), kellerjordan.github.io.
+
+    For weights with two or more dimensions, a convolution kernel as (out, in * 9). Five steps of
+    a Newton-Schulz iteration bring the singular values of the update near 1. (torch.optim.Muon
+    takes no convolutions and iterates in bfloat16, which most CPUs emulate.)
+    """
+
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.01):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.mul_(group["momentum"]).add_(p.grad)
+                update = (p.grad + group["momentum"] * momentum).flatten(1)  # Nesterov
+                tall = update.shape[0] > update.shape[1]
+                x = update.T if tall else update
+                x = x / (x.norm() + 1e-7)
+                for _ in range(5):
+                    square = x @ x.T
+                    x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+                scale = max(1, update.shape[0] / update.shape[1]) ** 0.5
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_((x.T if tall else x).reshape(p.shape), alpha=-group["lr"] * scale)
+
+
+def make_optimizers(model, args):
+    """AdamW; for small and medium fields Muon for the matrices and kernels, AdamW for the rest."""
+    named, decay = dict(model.named_parameters()), 0.01 if args.model == "nf" else 0.0
+    matrices, rest, adam_lr = [], list(named.values()), args.lr
+    if args.model == "nf" and args.size != "full":
+        special = ("latents", "marker", "to_values.weight", "unet.first.weight")
+        is_matrix = {name: p.dim() > 1 and not name.endswith(special) for name, p in named.items()}
+        matrices = [p for name, p in named.items() if is_matrix[name]]
+        rest = [p for name, p in named.items() if not is_matrix[name]]
+        adam_lr = 0.15 * args.lr
+    optimizers = [Muon(matrices, args.lr)] if matrices else []
+    if rest:
+        optimizers.append(torch.optim.AdamW(rest, adam_lr, weight_decay=decay, fused=True))
+    for optimizer in optimizers:
+        optimizer.param_groups[0]["initial_lr"] = optimizer.param_groups[0]["lr"]
+    return optimizers
+
+
+# --------------------------------------------------------------------------------- command line
+
+RECIPES = {  # defaults of --batch-size, --lr (of Muon; AdamW for full and ae), --steps or --epochs
+    "small": dict(batch_size=32, lr=0.02, steps=1250),
+    "medium": dict(batch_size=32, lr=0.02, steps=5000),
+    "full": dict(batch_size=64, lr=1e-4, epochs=100),
+    "ae": dict(batch_size=512, lr=6e-3, epochs=10),
 }
 
 
-def field_problems(images, schedule, keys=None, output_ratio=0.2):
-    """Draw what is random in a batch of the neural field: [(arguments of NFDenoiser.forward, clean values), ...].
-
-    images uint8 (B, C, H, W); keys (B, H * W) or None for fresh masks. The first half of the images is at the last
-    timestep, where the one-step mean is learned. There outputs say nothing about each other, so that every missing pixel
-    is asked. The other half is at all timesteps, for samples, with output_ratio of the pixels jointly denoised.
-    """
-    keys = torch.rand(len(images), images[0, 0].numel(), device=images.device) if keys is None else keys
-    half, last, problems = len(images) // 2, schedule.num_timesteps - 1, []
-    for pure, rows, ratio in ((True, slice(half), None), (False, slice(half, None), output_ratio)):
-        if len(images[rows]):
-            split = sparse_split(images[rows], output_ratio=ratio, keys=keys[rows])
-            x_0 = split["output_values"]
-            t = torch.randint(last if pure else 0, last + 1, (len(x_0),), device=images.device)
-            problems.append((dict(noisy_output_values=schedule.q_sample(x_0, t, torch.randn_like(x_0)), t=t, pure_noise=pure,
-                                  **{name: split[name] for name in ("output_coords", "input_coords", "input_values")}), x_0))
-    return problems
-
-
-def autoencoder_problems(images, corrupt):
-    """The same for the autoencoders. images uint8 (B, 1, 28, 28); corrupt: clean -> noisy, values in [0, 1]."""
-    clean = images.flatten(1).float() / 255
-    return [(dict(x=corrupt(clean)), clean)]
-
-
-def share(problems, rank, world):
-    """The rows of `problems` that fall to process `rank` of `world`."""
-    return [({name: x[rank::world] if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}, clean[rank::world])
-            for inputs, clean in problems]
-
-
-class Objective(torch.nn.Module):
-    """Mean squared error of a model's answers to problems; a module, because DistributedDataParallel wants one."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, problems):
-        answers = [self.model(**inputs) for inputs, _ in problems]
-        answers = [answer[0] if isinstance(answer, tuple) else answer for answer in answers]  # the autoencoder's latents
-        total = sum(len(clean) for _, clean in problems)
-        return sum(F.mse_loss(x, clean) * len(clean) / total for x, (_, clean) in zip(answers, problems))
-
-
-def draw_output_ratio(lot):
-    """The share of pixels to denoise together: a fifth, now and then up to all that are missing, as in whole images."""
-    return lot.choice([0.2, 0.2, 0.2, lot.uniform(0.2, 0.8)])
-
-
-def learning_rate(step, steps, peak, warmup):
-    """Straight up over the first `warmup` steps, then half a cosine down to 1% of the peak."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))))
+def positive(text):
+    if int(text) < 1 or int(text) > 10**7:
+        raise argparse.ArgumentTypeError(f"must be between 1 and 10,000,000, got {text}")
+    return int(text)
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=["nf", "dae", "ae"], default="nf")
-    parser.add_argument("--size", choices=["auto", "small", "full"], default="auto", help="of nf; auto: full on CUDA")
-    parser.add_argument("--data", choices=DATASETS, default="auto")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where data sets are, or are put")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for everything that is written")
-    parser.add_argument("--noise", choices=[*corruption.NOISES, "mixed"], help="for dae (default gaussian)")
-    parser.add_argument("--noise-param", type=float, help="its strength (default 0.3, salt_pepper 0.2)")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", choices=["nf", "dae", "ae"], default="nf")
+    add("--size", choices=list(SIZES), default="small", help="of nf")
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="of nf")
+    add("--masks", choices=["fresh", "fixed"], default="fresh", help="of nf: fixed is one an image")
+    add("--beta-schedule", choices=["cosine", "linear"], default="cosine", help="of nf")
+    add("--timesteps", type=positive, default=1000, help="of nf: T, length of the diffusion")
+    add("--noise", choices=[*NOISES, "mixed"], default="gaussian", help="of dae")
+    add("--noise-param", type=float, help="of dae: strength (default 0.3, salt_pepper 0.2)")
+    add("--data", default="auto",
+        help="auto, cifar10, mnist, leaves, glyphs or a folder of pictures")
+    add("--data-dir", type=Path, default=Path("data"), help="where data sets are")
+    add("--out", type=Path, default=Path("out"), help="folder for everything that is written")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, help="how many batches to train on")
-    length.add_argument("--epochs", type=int, help="or how many times through the data")
-    parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--lr", type=float, help="peak learning rate")
-    parser.add_argument("--ema", type=float, help="decay of the moving average of the weights")
-    parser.add_argument("--masks", choices=["fresh", "fixed"], help="of nf: new ones (default), or one an image")
-    parser.add_argument("--beta-schedule", choices=["cosine", "linear"], help="of nf (default cosine)")
-    parser.add_argument("--timesteps", type=int, help="of nf: T, the length of the diffusion (default 1000)")
-    parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint below --out")
-    parser.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
-    parser.add_argument("--evaluate", type=int, default=200, help="test images in the closing table of nf")
-    parser.error = fail
+    length.add_argument("--steps", type=positive, help="how many batches to train on")
+    length.add_argument("--epochs", type=positive, help="or how many times through the data")
+    add("--batch-size", type=positive)
+    add("--lr", type=float, help="peak learning rate")
+    add("--seed", type=int, default=42)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--resume", action="store_true", help="go on from the checkpoint below --out")
+    add("--save-every", type=positive, default=500, help="steps between checkpoints")
+    add("--evaluate", type=positive, default=200, help="of nf: images in the closing table")
+    add("--bench", action="store_true", help="measure the speed of training instead")
     args = parser.parse_args()
-    if args.device.startswith("cuda") and "LOCAL_RANK" in os.environ:
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"  # under torchrun, a GPU for each process
     args.device = pick_device(args.device)
-    for flag, value in (("--size", args.size if args.size != "auto" else None), ("--masks", args.masks),
-                        ("--beta-schedule", args.beta_schedule), ("--timesteps", args.timesteps)):
-        if args.model != "nf" and value is not None:
-            raise ValueError(f"{flag} is for --model nf; {args.model} has no use for it")
-    args.masks, args.beta_schedule = args.masks or "fresh", args.beta_schedule or "cosine"
-    args.timesteps = 1000 if args.timesteps is None else args.timesteps
-    if args.size == "auto":
-        args.size = "full" if args.device.type == "cuda" else "small"
-    recipe = RECIPES[f"nf {args.size}" if args.model == "nf" else "ae"]
-    for name in ("batch_size", "lr", "ema"):
-        if getattr(args, name) is None:
-            setattr(args, name, recipe[name])
-    if args.steps is None and args.epochs is None:
-        args.steps, args.epochs = recipe.get("steps"), recipe.get("epochs")
-    if args.noise and args.model != "dae":
-        raise ValueError(f"--noise is for --model dae; {args.model} has no use for it")
-    args.noise = args.noise or ("gaussian" if args.model == "dae" else "none")
-    if args.noise_param is not None and (args.model != "dae" or args.noise == "mixed"):
-        raise ValueError("--noise-param is for --model dae with --noise gaussian, salt_pepper or masking")
-    if args.noise_param is None and args.noise in corruption.NOISES:
-        args.noise_param = corruption.NOISES[args.noise][1]
-    for flag in ("batch_size", "steps", "epochs", "timesteps", "save_every", "evaluate"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise ValueError(f"--{flag.replace('_', '-')} must be at least 1, got {getattr(args, flag)}")
-    if not 0 <= args.seed < 2**31:
-        raise ValueError(f"--seed must be between 0 and 2147483647, got {args.seed}")
-    if not 0 < args.lr < math.inf or not 0 <= args.ema < 1:
-        raise ValueError(f"--lr must be above 0 and --ema between 0 and 1, got {args.lr} and {args.ema}")
+    recipe = dict(RECIPES[args.size if args.model == "nf" else "ae"])
+    if args.size != "full" and args.model == "nf" and args.device.type == "cuda":
+        recipe["steps"] = 20_000
+    if args.steps or args.epochs:
+        recipe |= dict(steps=args.steps, epochs=args.epochs)
+    for name in ("batch_size", "lr", "steps", "epochs"):
+        setattr(args, name, getattr(args, name) or recipe.get(name))
+    if args.model != "dae":
+        args.noise_text = "clean"
+    elif args.noise == "mixed":
+        args.noise_text = "mixed"
+    else:
+        strength = NOISES[args.noise][1] if args.noise_param is None else args.noise_param
+        args.noise_text = f"{args.noise} {strength}"
+    if not 0 < args.lr < math.inf or not 0 <= args.seed < 2**31:
+        parser.error("--lr must be above 0 and --seed between 0 and 2147483647")
     return args
+
+
+def build(args, images):
+    """Model, schedule (None for autoencoders) and the settings that a resumed run must share."""
+    torch.manual_seed(args.seed)
+    settings = dict(model=args.model, batch_size=args.batch_size, lr=args.lr, seed=args.seed)
+    channels, side = images.shape[1:3]
+    if args.model != "nf":
+        if (channels, side) != (1, 28):
+            raise ValueError("the autoencoders take 28 x 28 grey images: --data mnist, glyphs or "
+                             "a folder of pictures")
+        config, schedule = dict(input_dim=784, latent_dim=64), None
+        model = DenoisingAutoencoder(**config)
+        model.init_output_bias(images / 255)
+        settings |= dict(noise=args.noise_text)
+    else:
+        schedule = DiffusionSchedule(args.timesteps, args.beta_schedule)
+        if schedule.alphas_cumprod[-1] > 1e-3:
+            raise ValueError(f"{args.timesteps} timesteps of the {args.beta_schedule} schedule do "
+                             f"not end in pure noise: use more, or the cosine schedule")
+        config = dict(SIZES[args.size], parts=args.parts, input_channels=channels,
+                      output_channels=channels, side=side)
+        model = NFDenoiser(schedule.alphas_cumprod, **config, covariance=pixel_covariance(images))
+        schedule.to(args.device)
+        settings |= dict(masks=args.masks, timesteps=args.timesteps,
+                         beta_schedule=args.beta_schedule)
+    return model.to(args.device), schedule, config, settings
+
+
+def bench(model, optimizers, images, schedule, args):
+    """Print images per second of whole steps, their parts, and the share of the matmul rate."""
+    def draw():
+        return images[torch.randint(len(images), (args.batch_size,), device=images.device)]
+
+    def forward():
+        if args.model == "nf":
+            half = args.batch_size // 2
+            return (field_loss(model, batch[:half], schedule, True)
+                    + field_loss(model, batch[half:], schedule, False)) / 2
+        return F.mse_loss(model(batch.flatten(1) / 255)[0], batch.flatten(1) / 255)
+
+    def optimise():
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+
+    batch, matrix = draw(), torch.rand(2048, 2048, device=args.device)
+    works = dict(matmul=lambda: matrix @ matrix, draw=draw, forward=forward,
+                 both=lambda: forward().backward(), optimiser=optimise)
+    works["both"]()
+    times = {name: [] for name in works}
+    for _ in range(10):  # interleaved, so that slow spells affect all of them equally
+        for name, work in works.items():
+            start = time.perf_counter()
+            work()
+            if args.device.type == "cuda":
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - start)
+    times = {name: sorted(each)[len(each) // 2] for name, each in times.items()}
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        works["both"]()
+    rate, step = 2 * 2048**3 / times["matmul"], times["draw"] + times["both"] + times["optimiser"]
+    print(f"whole step {1e3 * step:.1f} ms, {args.batch_size / step:.1f} images/s: draw "
+          f"{times['draw'] / step:.1%}, forward {times['forward'] / step:.1%}, backward "
+          f"{(times['both'] - times['forward']) / step:.1%}, optimiser "
+          f"{times['optimiser'] / step:.1%}\nforward and backward "
+          f"{counter.get_total_flops() / args.batch_size / 1e9:.3f} GFLOP an image, "
+          f"{counter.get_total_flops() / times['both'] / rate:.0%} of the matmul rate "
+          f"({rate / 1e9:.0f} GFLOP/s)")
+
+
+def resume(path, model, optimizers, losses, settings):
+    """Load a checkpoint into model, optimizers and losses; returns (its step, its tests)."""
+    if not path.exists():
+        raise ValueError(f"nothing to resume: there is no {path}")
+    checkpoint = load_checkpoint(path)[1]
+    if "optimizers" not in checkpoint:
+        raise ValueError(f"{path} was exported for sampling and cannot be resumed")
+    old = checkpoint["settings"]
+    changed = [f"{key} {old.get(key)} -> {settings.get(key)}" for key in old | settings
+               if old.get(key) != settings.get(key)]
+    if changed:
+        raise ValueError(f"{path} was trained with other settings ({', '.join(changed)}): use "
+                         f"those, or another --out")
+    step = checkpoint["step"]
+    if step >= len(losses):
+        raise ValueError(f"{path} has already done {step:,} steps: --steps must be more")
+    model.load_state_dict(checkpoint["model"])
+    for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+        optimizer.load_state_dict(state)
+    losses[:step] = checkpoint["losses"].to(losses.device)
+    return step, checkpoint["tests"]
+
+
+def finish(args, model, schedule, losses, tests, tests_name, images, name):
+    """Loss curve, table of results and pictures below out/MODEL."""
+    folder = args.out / args.model
+    if losses:
+        draw_losses(folder, losses, tests, tests_name, f"{args.model} on {name}")
+    if args.model == "nf":
+        results = report_field(model, schedule, images[:args.evaluate], folder, name,
+                               num_steps=min(50, args.timesteps))
+    else:
+        results = report_autoencoder(model, images, folder, name)
+    write_json(folder / "results.json", dict(data=name, methods=results))
+
+
+def draw_losses(folder, losses, tests, tests_name, title):
+    """loss.csv, and loss.png: the training loss and what was measured on test images meanwhile."""
+    with open(folder / "loss.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("step", "loss"), *enumerate(losses, 1)])
+    width = max(1, len(losses) // 100)  # each point is the mean of a hundredth of the run
+    ends = range(width, len(losses) + 1, width)
+    smooth = ends, [sum(losses[end - width:end]) / width for end in ends]
+    steps, values, *baseline = zip(*tests)
+    curves = {tests_name: (steps, values)} | {"kriging": (steps, line) for line in baseline}
+    charts = [line_chart(f"{title}: training loss", {"loss": smooth}, log_y=True),
+              line_chart(f"{tests_name} on test images", curves)]
+    picture = Image.new("RGB", (920, 320))
+    for i, chart in enumerate(charts):
+        picture.paste(chart, (460 * i, 0))
+    picture.save(folder / "loss.png")
+    print(f"loss: {folder / 'loss.png'}, {folder / 'loss.csv'}")
 
 
 def main():
     args = parse_arguments()
-    # Under torchrun each process is `rank` of `world`, with a GPU of its own where there are GPUs; alone, it is 0 of 1.
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device, folder = args.device, args.out / args.model
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    # torchrun sets these: this process is `rank` of `world`, and `local` on its machine
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if world > 1:
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if args.device.type == "cuda":
+            args.device = torch.device("cuda", local)
+            torch.cuda.set_device(args.device)
+        torch.distributed.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
         if rank:
-            sys.stdout = open(os.devnull, "w")  # one process speaks for all
-    parts = world * (2 if args.model == "nf" else 1)
-    if args.batch_size % parts:
-        raise ValueError(f"--batch-size must be a multiple of {parts}, got {args.batch_size}: every process takes the same "
-                         f"number of rows, and of nf one half of them is at the last timestep")
-    path = folder / "checkpoint.pt"
+            sys.stdout = open(os.devnull, "w")
+    rows_each = world * (2 if args.model == "nf" else 1)
+    if args.batch_size % rows_each:
+        raise ValueError(f"--batch-size must be a multiple of {rows_each}, got {args.batch_size}")
 
-    # Data: the whole training set as one uint8 tensor on the device; a batch is an index into it.
+    # The first process of a machine fetches the data, the others find it there.
+    if world > 1 and local:
+        torch.distributed.barrier()
     real = "cifar10" if args.model == "nf" else "mnist"
-    for turn in (True, False):  # the first process of a machine fetches what is missing, the others find it there
-        if turn == (int(os.environ.get("LOCAL_RANK", 0)) == 0):
-            name, images, _ = load_dataset(args.data, args.data_dir, train=True, real=real)
-            test_images = load_dataset(name, args.data_dir, train=False)[1]  # now, so that nothing is missing in the end
-        if world > 1:
-            torch.distributed.barrier()
-    images = images.to(device)
+    name, images, _ = load_dataset(args.data, args.data_dir, train=True, real=real)
+    _, test_images, _ = load_dataset(name, args.data_dir, train=False, real=real)
+    if world > 1 and not local:
+        torch.distributed.barrier()
+    images, test_images = images.to(args.device), test_images.to(args.device)
     if args.batch_size > len(images):
-        raise ValueError(f"--batch-size {args.batch_size} is more than the {len(images):,} images of {name}")
-    per_epoch = len(images) // args.batch_size
-    steps = args.steps or args.epochs * per_epoch
-    if steps > 10**7:
-        raise ValueError(f"{steps:,} steps are more than this is made for (10,000,000)")
-
-    # Model, its moving average, optimiser.
-    torch.manual_seed(args.seed)
-    channels, side = images.shape[1], images.shape[2]
-    schedule, settings = DiffusionSchedule(args.timesteps, args.beta_schedule), {}
-    if args.model == "nf":
-        if schedule.alphas_cumprod[-1] > 1e-3:
-            raise ValueError(f"{args.timesteps} timesteps of the {args.beta_schedule} schedule do not end in pure noise "
-                             f"(alpha_bar = {schedule.alphas_cumprod[-1]:.3g}): take more of them, or the cosine schedule")
-        config = dict(SIZES[args.size], input_channels=channels, output_channels=channels, side=side)
-        model = NFDenoiser(**config, alphas_cumprod=schedule.alphas_cumprod, spectrum=power_spectrum(images).cpu())
-        settings = dict(timesteps=args.timesteps, beta_schedule=args.beta_schedule)
-    else:
-        if images[0].numel() != 784:
-            raise ValueError(f"the autoencoders take 28 x 28 grey images: --data mnist or glyphs, not {name}")
-        config = dict(input_dim=784, latent_dim=64)
-        model = DenoisingAutoencoder(**config)
-        model.start_at(images / 255)
-    model.to(device)
-    schedule.to(device)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    weight_decay = 0.01 if args.model == "nf" else 0.0
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=weight_decay, fused=True)
-    losses, first = torch.zeros(steps, device=device), 0
-    warmup = max(1, min(100, steps // 50) if args.model == "nf" else steps // 10)
-    # What a resumed run must share with the run it goes on with.
-    identity = dict(model=args.model, data=name, noise=args.noise, noise_param=args.noise_param, batch_size=args.batch_size,
-                    lr=args.lr, ema=args.ema, masks=args.masks, seed=args.seed, **config, **settings)
+        raise ValueError(f"--batch-size {args.batch_size} is more than {len(images):,} images")
+    args.steps = args.steps or args.epochs * (len(images) // args.batch_size)
+    model, schedule, config, settings = build(args, images)
+    if not list(model.parameters()):
+        args.steps = 0  # --parts field: linear algebra, nothing to train
+    optimizers = make_optimizers(model, args)
+    settings |= dict(data=name, **config)
+    folder = args.out / args.model
+    path, first = folder / "checkpoint.pt", 0
+    losses, tests = torch.zeros(args.steps, device=args.device), []
     if args.resume:
-        if not path.exists():
-            raise ValueError(f"nothing to resume: there is no {path}")
-        _, checkpoint = load_checkpoint(path, device)
-        if "optimizer" not in checkpoint:
-            raise ValueError(f"{path} was exported for sampling: it cannot be resumed")
-        changed = [f"{key} {checkpoint.get('identity', {}).get(key)} -> {value}" for key, value in identity.items()
-                   if checkpoint.get("identity", {}).get(key) != value]
-        if changed:
-            raise ValueError(f"{path} was trained with other settings ({', '.join(changed)}): use those, or another --out")
-        model.load_state_dict(checkpoint["model"])
-        ema.load_state_dict(checkpoint["ema"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        first = checkpoint["step"]
-        if first >= steps:
-            raise ValueError(f"{path} has already done {first:,} steps: --steps must be more to go on")
-        losses[:first] = checkpoint["losses"].to(device)
+        first, tests = resume(path, model, optimizers, losses, settings)
     folder.mkdir(parents=True, exist_ok=True)
-    if args.noise == "mixed":
-        corrupt = corruption.add_mixed_noise
-    elif args.noise == "none":
-        corrupt = lambda clean: clean
+    print(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters | {name}: "
+          f"{len(images):,} images | batch {args.batch_size}, {args.steps:,} steps, lr {args.lr:g}"
+          f" | {args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    if args.bench:
+        return bench(model, optimizers, images, schedule, args)
+
+    # The loop itself is train_field or train_autoencoder.
+    trained, shard = model, slice(rank, None, world)
+    if world > 1:  # averages the gradients of all processes during backward()
+        trained = DistributedDataParallel(model, broadcast_buffers=False)
+    if args.model == "nf":
+        loop = train_field(trained, optimizers, images, schedule, args, first, shard)
+        measure = lambda: one_step_psnr(model, schedule, test_images[:100])
+        every, tests_name = max(1, args.steps // 8), "one-step PSNR"
     else:
-        corrupt = lambda clean: corruption.NOISES[args.noise][0](clean, args.noise_param)
-    objective = Objective(torch.compile(model) if args.compile else model)
-    if world > 1:  # backward() then averages the gradients over all processes
-        objective = torch.nn.parallel.DistributedDataParallel(objective, [device] if device.type == "cuda" else None,
-                                                              broadcast_buffers=False)  # they are constants
-    count = sum(p.numel() for p in model.parameters())
-    print(f"{args.model} {args.size if args.model == 'nf' else ''} {count:,} parameters | "
-          f"{name} {len(images):,} images | batch {args.batch_size}, {steps:,} steps, lr {args.lr:g} | {device}, "
-          f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+        corrupt = corruption(args.noise_text)
+        loop = train_autoencoder(trained, optimizers[0], images.flatten(1).float() / 255, corrupt,
+                                 args.steps, args.batch_size, args.lr, args.seed, first, shard)
+        measure = lambda: [test_error(model, test_images[:1000], corrupt)]
+        every, tests_name = max(1, len(images) // args.batch_size), "test MSE"
 
     def save(step):
         if rank == 0:
-            save_checkpoint(path, dict(kind=args.model, config=config, schedule=settings, data=name, step=step,
-                                       identity=identity, model=model.state_dict(), ema=ema.state_dict(),
-                                       optimizer=optimizer.state_dict(), losses=losses[:step].cpu()))
+            save_checkpoint(path, dict(
+                kind=args.model, config=config, data=name, step=step, settings=settings,
+                schedule=dict(timesteps=args.timesteps, beta_schedule=args.beta_schedule),
+                model=model.state_dict(), losses=losses[:step].cpu(), tests=tests,
+                optimizers=[optimizer.state_dict() for optimizer in optimizers]))
 
-    # (torch.manual_seed would do, but it seeds every kind of device there may be, which costs half a millisecond.)
-    reseed = torch.cuda.manual_seed if device.type == "cuda" else torch.default_generator.manual_seed
-    averages, weights = list(ema.parameters()), list(model.parameters())
-    stop = []  # Ctrl-C asks for a stop after the step in hand, so that what is saved is whole
-    if world == 1:  # several processes would have to agree on a step: Ctrl-C then ends them at once
-        signal.signal(signal.SIGINT, lambda *_: stop.append(True) if not stop else sys.exit(130))
+    stop = []  # Ctrl-C stops after the current step, so that what is saved is whole
+    if world == 1:
+        signal.signal(signal.SIGINT, lambda *_: stop.append(1) if not stop else sys.exit(130))
     start = shown = time.time()
-    for step in range(first, steps):
-        epoch, place = divmod(step, per_epoch)
-        if place == 0 or step == first:
-            generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
-            order = torch.randperm(len(images), generator=generator).to(device)
-        reseed(args.seed * 1_000_003 + step)
-        index = order[place * args.batch_size:(place + 1) * args.batch_size]
-        batch = images.index_select(0, index)
-
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, args.lr, warmup)
-        if args.model == "nf":
-            keys = fixed_keys(args.seed, index, side * side) if args.masks == "fixed" else None
-            problems = field_problems(batch, schedule, keys, draw_output_ratio(random.Random(args.seed * 1_000_003 + step)))
-        else:
-            problems = autoencoder_problems(batch, corrupt)
-        if world > 1:
-            reseed(args.seed * 1_000_003 + step + 1 + rank)  # for dropout: other rows, other neurons
-        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-            loss = objective(share(problems, rank, world))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        with torch.no_grad():  # ema += (1 - decay) (model - ema), with a shorter memory at the very beginning
-            decay = min(args.ema, (1 + step) / (10 + step))
-            torch._foreach_lerp_(averages, weights, 1 - decay)
-        losses[step] = loss.detach()  # of this process's rows
-
-        # Reading a loss makes a GPU wait for it: now and then is enough.
-        done, now = step + 1, time.time()
-        stopping = bool(stop)
-        last = done == steps or stopping
-        if last or done % args.save_every == 0 or now - shown > (0.5 if sys.stdout.isatty() else 15):
-            recent = losses[max(0, done - 100):done].mean().item()
-            if not (math.isfinite(recent) and all(w.sum().isfinite() for w in weights)):
-                print(end="\n" if sys.stdout.isatty() else "")
-                kept = f"the checkpoint of an earlier step is in {path}" if path.exists() else "nothing was saved"
-                raise ValueError(f"the loss or a weight is no longer finite at step {done:,}: try a lower --lr; {kept}")
-            rate = (done - first) / (now - start)
-            line = (f"step {done:,} of {steps:,}  loss {recent:.5f}  {rate * args.batch_size:,.0f} images/s  "
-                    f"{(steps - done) / rate:.0f} s left")
-            print(f"{chr(13)}{line:79}" if sys.stdout.isatty() else line,
+    for step, loss in loop:
+        losses[step - 1] = loss
+        last = step == args.steps or bool(stop)
+        saving = last or step % args.save_every == 0
+        if step % every == 0 or step == args.steps:
+            tests.append([step, *measure()])
+        # reading the loss makes a GPU wait, so it is done now and then only
+        if saving or time.time() - shown > (0.5 if sys.stdout.isatty() else 15):
+            recent, shown = losses[max(0, step - 100):step].mean().item(), time.time()
+            if not math.isfinite(recent) or not all(p.isfinite().all() for p in model.parameters()):
+                raise ValueError(f"the loss or a weight is no longer finite at step {step:,}: use "
+                                 f"a lower --lr; {path} is that of an earlier step, if any")
+            rate = (step - first) / (shown - start)
+            measured = f"{tests_name} {tests[-1][1]:.4g}  " if tests else ""
+            line = (f"step {step:,} of {args.steps:,}  loss {recent:.5f}  {measured}"
+                    f"{rate * args.batch_size:,.0f} images/s  {(args.steps - step) / rate:.0f} s left")
+            print(f"\r{line:90}" if sys.stdout.isatty() else line,
                   end="\n" if last or not sys.stdout.isatty() else "", flush=True)
-            shown = now
-            if last or done % args.save_every == 0:
-                save(done)
-        if stopping:
-            print(f"stopped and saved: {path}. To go on, give the same command with --resume added")
-            raise SystemExit(130)
-
+        if saving:
+            save(step)
+        if stop and step < args.steps:
+            print(f"stopped and saved: {path}. To go on, give the same command with --resume")
+            sys.exit(130)
+    if args.steps == 0:
+        save(0)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     print(f"trained in {time.time() - start:.0f} s; checkpoint: {path}")
     if world > 1:
         torch.distributed.destroy_process_group()
     if rank == 0:
-        finish(args, ema, settings, losses.tolist(), test_images, folder, name)
-
-
-def finish(args, ema, settings, losses, images, folder, name):
-    """Loss curve, table of results and pictures."""
-    with open(folder / "loss.csv", "w", newline="") as file:
-        csv.writer(file).writerows([("step", "loss"), *((i + 1, f"{loss:.6g}") for i, loss in enumerate(losses))])
-    width = max(1, len(losses) // 100)  # the mean of every hundredth of the run
-    starts = range(0, len(losses) - width + 1, width)
-    smooth = [sum(losses[i:i + width]) / width for i in starts]
-    chart = line_chart(f"{args.model} on {name}: training loss", {"loss": ([i + width for i in starts], smooth)}, log_y=True)
-    chart.save(folder / "loss.png")
-    print(f"loss curve: {folder / 'loss.png'}, {folder / 'loss.csv'}")
-
-    if args.model == "nf":
-        images = images[:args.evaluate]
-    options = argparse.Namespace(seed=0, input_ratio=[0.2], full=False, sampler="ddim", steps=min(50, args.timesteps),
-                                 eta=0.0, samples=None, scale=1, gif=False)
-    checkpoint = dict(kind=args.model, schedule=settings)
-    results = report(ema, checkpoint, images.to(args.device), folder, options, name)
-    write_json(folder / "results.json", dict(data=name, images=len(images), methods=results))
+        finish(args, model.eval(), schedule, losses.tolist(), tests, tests_name, test_images,
+               name)
 
 
 if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as problem:
-        if os.environ.get("RANK", "0") != "0":
-            raise SystemExit(2)  # the first process says it
-        fail(problem)
+        sys.exit(f"error: {problem}")
+    except torch.OutOfMemoryError:
+        sys.exit("error: out of memory: use a smaller --batch-size")
     except KeyboardInterrupt:
-        raise SystemExit(130)
+        sys.exit(130)
