@@ -92,7 +92,7 @@ def fetch_cifar10(root):
 
     download(CIFAR10_URLS, archive, check)
     with tarfile.open(archive) as tar:
-        tar.extractall(root / "unpacked", filter="data")  # nothing outside this folder, no links
+        tar.extractall(root / "unpacked", filter="data")  # nothing outside this folder
     folder.mkdir(exist_ok=True)
     for path in (root / "unpacked" / folder.name).iterdir():
         path.replace(folder / path.name)
@@ -196,7 +196,7 @@ def make_leaves(count, seed):
     """
     rng, tiles, smallest, largest, side = np.random.default_rng(seed), [], 3.0, 40.0, 1024
     mean_area = 2 * math.pi * math.log(largest / smallest) / (smallest**-2 - largest**-2)
-    discs = int(5 * side**2 / mean_area)  # each point is covered 5 times on average
+    discs = int(5 * side**2 / mean_area)  # 5 times the area of the canvas
     for _ in range(0, count, (side // 32) ** 2):
         u = rng.random((discs, 1))  # radius: the inverse of its distribution function at u
         radius = (smallest**-2 - u * (smallest**-2 - largest**-2)) ** -0.5
@@ -278,7 +278,7 @@ def load_folder(folder, train, channels, side):
         except ValueError:
             others += 1
             continue
-        name = str(path.relative_to(folder)).encode()
+        name = path.relative_to(folder).as_posix().encode(errors="surrogateescape")
         sets[zlib.crc32(name) % 10 > 0].append(image)
     count = len(sets[True]) + len(sets[False])
     if others:
@@ -328,7 +328,7 @@ def load_dataset(name, root, train, real="cifar10"):
 def fixed_order(seed, indices, num_pixels):
     """A random number for each pixel of each image: a function of (seed, image index, pixel).
 
-    indices: int64 (B,), which images. Returns float64 (B, num_pixels) on their device, for
+    indices: int64 (B,), which images. Returns float32 (B, num_pixels) on their device, for
     sparse_split's `order`.
     """
     rows = [np.random.default_rng((seed, index)).random(num_pixels) for index in indices.tolist()]
@@ -359,7 +359,7 @@ def sparse_split(images, input_ratio=0.2, output_ratio=0.2, generator=None, orde
                          f"take at least one of {pixels} pixels, and together at most all")
     if order is None:
         order = torch.rand(batch, pixels, generator=generator, device=images.device)
-    order = order.argsort(dim=1)
+    order = order.argsort(dim=1, stable=True)
     full_image = images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
     values = full_image.flatten(2).transpose(1, 2)  # (B, H * W, C)
     split = {"full_image": full_image}

@@ -192,7 +192,8 @@ def exponential_covariance(side, length=16 / 31):
     """The textbook alternative exp(-distance / length): (side * side, side * side), diagonal 1."""
     row, column = torch.meshgrid(*2 * [torch.linspace(0, 1, side)], indexing="ij")
     coords = torch.stack([column.flatten(), row.flatten()], dim=1)
-    return torch.exp(-torch.cdist(coords, coords) / length)
+    exact = "donot_use_mm_for_euclid_dist"
+    return torch.exp(-torch.cdist(coords, coords, compute_mode=exact) / length)
 
 
 class GaussianField(nn.Module):
@@ -333,8 +334,9 @@ class NFDenoiser(nn.Module):
                 self.embed_features = nn.Linear(widths[0], latent_dim)
         # columns: brightness, red against blue, green against both; orthonormal
         colours = torch.tensor([[1.0, 1, 1], [1, 0, -2], [1, -1, 1]])
-        colours = colours / colours.norm(dim=0) if input_channels == 3 else torch.eye(input_channels)
-        self.register_buffer("colours", colours, persistent=False)
+        colours = colours / colours.norm(dim=0)
+        self.register_buffer("colours", colours if input_channels == 3 else
+                             torch.eye(input_channels), persistent=False)
 
     def forward(self, noisy_output_values, output_coords, t, input_coords, input_values,
                 pure_noise=False):
@@ -371,7 +373,7 @@ class NFDenoiser(nn.Module):
             # attention: bias log(alpha_bar) down-weights noisy tokens
             bias = None
             if not pure_noise:
-                tokens = torch.cat([tokens, query], dim=1)                   # (B, N_in + N_out, dim)
+                tokens = torch.cat([tokens, query], dim=1)               # (B, N_in + N_out, dim)
                 bias = alpha_bar.log().expand(-1, 1, query.shape[1])
                 bias = F.pad(bias, (input_coords.shape[1], 0))[:, None]      # 0 for the inputs
             answer = answer + self.perceiver.attend(tokens, query, bias)

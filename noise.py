@@ -70,6 +70,7 @@ def add_mixed_noise(images, generator=None):
         raise ValueError(f"mixed noise needs a batch (B, ...), got shape {tuple(images.shape)}")
     per_image = (len(images), *[1] * (images.dim() - 1))
     strength = torch.rand(per_image, generator=generator, device=images.device)
+    strength = strength.to(images.dtype)
     kind = torch.randint(3, per_image, generator=generator, device=images.device)
     gaussian = add_gaussian_noise(images, 0.1 + 0.4 * strength, generator)
     salt_pepper = add_salt_pepper_noise(images, 0.05 + 0.35 * strength, generator)
@@ -80,12 +81,10 @@ def add_mixed_noise(images, generator=None):
 def _check(images, strength, name, highest):
     if not torch.is_floating_point(images):
         raise ValueError(f"images must be float in [0, 1], got {images.dtype}: divide by 255")
-    if isinstance(strength, torch.Tensor):
-        allowed = bool(((strength >= 0) & (strength <= highest)).all())
-    else:
-        allowed = 0 <= strength <= highest
-    if not allowed:
-        raise ValueError(f"{name} must be between 0 and {highest:g}, got {strength}")
+    values = torch.as_tensor(strength)
+    if not ((values >= 0) & (values <= highest)).all():
+        raise ValueError(f"{name} must be between 0 and {highest:g}, got {values.flatten()[0]:g}"
+                         f"{' and others' * (values.numel() > 1)}")
 
 
 def _uniform_per_pixel(images, generator):

@@ -1,6 +1,6 @@
 """Use a trained neural field: sample from it, measure it beside classical methods, draw it.
 
-    python sample.py                                  # newest checkpoint below out/, or the shipped
+    python sample.py                                  # newest checkpoint below out/, or shipped
     python sample.py out/nf/checkpoint.pt --evaluate  # 1,000 test images: MSE, MAE, PSNR, SSIM
     python sample.py --sampler ddim --steps 20 --eta 1        # --sampler ddpm takes all timesteps
     python sample.py --full --gif                     # all missing pixels as one sample; animation
@@ -201,9 +201,10 @@ def evaluate_field(model, schedule, images, seed=0, batch=100, **options):
         for name, values in answers.items():
             error = (values.clamp(-1, 1) - split["output_values"])[:, :n_out] / 2
             similarity = ssim(assemble(split, values) / 2 + 0.5, split["full_image"] / 2 + 0.5)
-            each = error.square().mean().item(), error.abs().mean().item(), similarity.mean().item()
-            sums[name] = [a + b * len(part) for a, b in zip(sums.get(name, (0, 0, 0)), each)]
-    means = {name: [value / len(images) for value in total] for name, total in sums.items()}
+            each = torch.stack([error.square().mean(), error.abs().mean(),
+                                similarity.mean().to(error)])
+            sums[name] = sums.get(name, 0) + each.double().cpu() * len(part)
+    means = {name: (total / len(images)).tolist() for name, total in sums.items()}
     return {name: dict(mse=mse, mae=mae, psnr=psnr(mse), ssim=similarity)
             for name, (mse, mae, similarity) in means.items()}
 
@@ -221,7 +222,8 @@ def one_step_psnr(model, schedule, images, seed=0):
                  for values in (mean, kriging(split)))
 
 
-def evaluate_samples(model, schedule, images, count, seed=0, input_ratio=0.2, num_steps=50, eta=0.0):
+def evaluate_samples(model, schedule, images, count, seed=0, input_ratio=0.2, num_steps=50,
+                     eta=0.0):
     """Do `count` DDIM samples of each image spread as they should? images: uint8 (N, C, H, W).
 
     Returns coverage, the share of true values inside the samples' central 90% (of perfect
@@ -278,7 +280,7 @@ def draw_spread(model, schedule, images, order, generator, count, **options):
         split, _, answers = reconstruct(model, schedule, image.expand(count, -1, -1, -1),
                                         one.expand(count, -1), full=True, generator=generator,
                                         **options)
-        many, truth = assemble(split, answers["sample"]) / 2 + 0.5, split["full_image"][0] / 2 + 0.5
+        many, truth = assemble(split, answers["sample"]) / 2 + 0.5, image.float() / 255
         rows.append([*many[:2], many.mean(0), truth, heat(many.std(0), 0.25),
                      heat(many.mean(0) - truth, 0.25)])
     labels = ["sample 1", "sample 2", "mean", "truth", "std. deviation", "error of mean"]
@@ -321,7 +323,8 @@ def report_field(model, schedule, images, folder, name, seed=0, samples=None, sc
     folder.mkdir(parents=True, exist_ok=True)
     results = evaluate_field(model, schedule, images, seed, **options)
     few, frames = images[:6], []
-    order, generator = mask_order(seed, range(len(few)), images), torch.Generator().manual_seed(seed)
+    order = mask_order(seed, range(len(few)), images)
+    generator = torch.Generator().manual_seed(seed)
     split, n_out, answers = reconstruct(model, schedule, few, order, generator=generator,
                                         on_step=lambda *step: frames.append(step), **options)
     print(f"{name}: {len(images):,} images, {split['input_indices'].shape[1]} pixels given, "
@@ -383,7 +386,7 @@ def load_checkpoint(path, device="cpu"):
 
 
 def save_checkpoint(path, checkpoint):
-    """Write a temporary file, flush it to the disk, rename it: a crash spares the old checkpoint."""
+    """Write a temporary file, flush it to the disk, rename it: a crash spares the old one."""
     temporary = path.with_suffix(".part")
     try:
         with open(temporary, "wb") as file:
@@ -400,8 +403,8 @@ def save_checkpoint(path, checkpoint):
 def write_json(path, figures):
     """Write figures as JSON, with null for the infinite PSNR of a perfect answer."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figures = json.loads(json.dumps(figures), parse_constant=lambda _: None)
-    path.write_text(json.dumps(figures, indent=1) + "\n")
+    text = json.dumps(figures, indent=1).replace("Infinity", "null")
+    path.write_text(text + "\n")
 
 
 def pick_device(name):
@@ -459,7 +462,7 @@ def main():
         found = sorted(args.out.rglob("checkpoint.pt"), key=lambda file: file.stat().st_mtime)
         path = found[-1] if found else SHIPPED
         if not path.exists():
-            raise ValueError(f"no checkpoint below {args.out}: python train.py --model nf makes one")
+            raise ValueError(f"no checkpoint below {args.out}: train one with python train.py")
     model, checkpoint = load_checkpoint(path, device)
     kind = checkpoint["kind"]
     print(f"{path}: {kind}, {checkpoint['step']:,} steps on {checkpoint['data']}")
@@ -474,7 +477,8 @@ def main():
     if kind == "nf":
         channels, side = (checkpoint["config"][key] for key in ("input_channels", "side"))
     if args.image:
-        name, images = args.image.name, square_picture(open_picture(args.image), channels, side)[None]
+        name = args.image.name
+        images = square_picture(open_picture(args.image), channels, side)[None]
     else:
         wanted = args.data or ("auto" if path == SHIPPED else checkpoint["data"])
         real = "cifar10" if kind == "nf" else "mnist"

@@ -27,7 +27,7 @@ from PIL import Image, ImageDraw, ImageFont
 def cosine_beta_schedule(timesteps, s=0.008):
     """Betas for which alpha_bar follows a squared cosine. Improved DDPM, eq. 17.
 
-    timesteps: T, 1 to 1,000,000. s: an offset that keeps the first betas from being tiny.
+    timesteps: T, 1 to 10,000. s: an offset that keeps the first betas from being tiny.
     Returns float64 (T,), clipped to [0.0001, 0.9999]. Raises ValueError for another T.
     """
     _check_timesteps(timesteps)
@@ -39,7 +39,7 @@ def cosine_beta_schedule(timesteps, s=0.008):
 def linear_beta_schedule(timesteps, beta_start=0.0001, beta_end=0.02):
     """Betas on a straight line. DDPM, section 4.
 
-    timesteps: T, 1 to 1,000,000. Returns float64 (T,), from beta_start to beta_end.
+    timesteps: T, 1 to 10,000. Returns float64 (T,), from beta_start to beta_end.
     Raises ValueError for another T and for betas outside (0, 1).
     """
     _check_timesteps(timesteps)
@@ -49,14 +49,14 @@ def linear_beta_schedule(timesteps, beta_start=0.0001, beta_end=0.02):
 
 
 def _check_timesteps(timesteps):
-    if not 1 <= timesteps <= 1_000_000:
-        raise ValueError(f"a schedule needs 1 to 1,000,000 timesteps, got {timesteps}")
+    if not 1 <= timesteps <= 10_000:
+        raise ValueError(f"a schedule needs 1 to 10,000 timesteps, got {timesteps}")
 
 
 class DiffusionSchedule:
     """The constants of a noise schedule, and the steps that use them.
 
-    timesteps: T, 1 to 1,000,000. beta_schedule: "cosine" or "linear". Each constant is a float64
+    timesteps: T, 1 to 10,000. beta_schedule: "cosine" or "linear". Each constant is a float64
     tensor (T,). In all methods a timestep is an int, or an int64 tensor (B,) with one entry for
     each item of the batch, and x_0, x_t and noise are float (B, ...) of one shape, which is also
     that of the result. Raises ValueError for another T or beta_schedule; the methods raise

@@ -1,4 +1,4 @@
-"""Train the neural field (nf), the denoising autoencoder (dae) or its control, the autoencoder (ae).
+"""Train the neural field (nf), the denoising autoencoder (dae), or its control without noise (ae).
 
     python train.py --model nf                        # 2 CPU cores: minutes; a GPU: 20,000 steps
     python train.py --model nf --size medium --steps 5000          # a wider U-Net for an hour
@@ -7,13 +7,13 @@
     python train.py --model nf --data my_photos       # a folder of your own pictures
     python train.py --model nf --resume               # go on where a stopped run was
     torchrun --standalone --nproc_per_node=2 train.py --model nf   # processes share every batch
-    python train.py --model nf --bench                # images per second, and what they are spent on
+    python train.py --model nf --bench                # images per second, where the time goes
 
 All three compare a prediction with the CLEAN image:
 
     nf     x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps at the output pixels
            loss = mean (f(x_t, coords_out, t, coords_in, x_in) - x_0)^2     DDPM, algorithm 1
-    dae    loss = mean (g(f(corrupt(x))) - x)^2       the loop is train_autoencoder in autoencoder.py
+    dae    loss = mean (g(f(corrupt(x))) - x)^2       the loop: train_autoencoder, autoencoder.py
     ae     loss = mean (g(f(x)) - x)^2
 
 Everything random in step n comes from a generator seeded with (seed, n), so a run can be resumed
@@ -416,13 +416,15 @@ def main():
         # reading the loss makes a GPU wait, so it is done now and then only
         if saving or time.time() - shown > (0.5 if sys.stdout.isatty() else 15):
             recent, shown = losses[max(0, step - 100):step].mean().item(), time.time()
-            if not math.isfinite(recent) or not all(p.isfinite().all() for p in model.parameters()):
+            finite = all(bool(p.isfinite().all()) for p in model.parameters())
+            if not (finite and math.isfinite(recent)):
                 raise ValueError(f"the loss or a weight is no longer finite at step {step:,}: use "
                                  f"a lower --lr; {path} is that of an earlier step, if any")
             rate = (step - first) / (shown - start)
             measured = f"{tests_name} {tests[-1][1]:.4g}  " if tests else ""
             line = (f"step {step:,} of {args.steps:,}  loss {recent:.5f}  {measured}"
-                    f"{rate * args.batch_size:,.0f} images/s  {(args.steps - step) / rate:.0f} s left")
+                    f"{rate * args.batch_size:,.0f} images/s  "
+                    f"{(args.steps - step) / rate:.0f} s left")
             print(f"\r{line:90}" if sys.stdout.isatty() else line,
                   end="\n" if last or not sys.stdout.isatty() else "", flush=True)
         if saving:
