@@ -304,14 +304,16 @@ def draw_fine(model, schedule, split, scale, generator):
 
 
 def animate(split, n_out, frames, path):
-    """A GIF of x_t (above) and the prediction x_0_hat (below) at each step of a sampler."""
+    """A GIF of three images: x_t above, the prediction x_0_hat below, a frame for each step."""
     shape, pictures = split["full_image"].shape, []
     given = scatter_pixels(split["input_indices"], split["input_values"], shape)
-    for t, x_t, x_0 in [*frames[::max(1, len(frames) // 50)], *[frames[-1]] * 10]:
-        rows = [list(scatter_pixels(split["output_indices"][:, :n_out], x.clamp(-1, 1), shape,
-                                    given) / 2 + 0.5) for x in (x_t, x_0)]
-        pictures.append(image_grid(rows, [f"t = {t}"], ["x_t", "prediction"], zoom=3))
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=100, loop=0)
+    places = split["output_indices"][:, :n_out]
+    for t, x_t, x_0 in [*frames[::max(1, len(frames) // 25)], *[frames[-1]] * 10]:
+        rows = [list(scatter_pixels(places, x.clamp(-1, 1), shape, given)[:3] / 2 + 0.5)
+                for x in (x_t, x_0)]
+        picture = image_grid(rows, [f"t = {t}"], ["x_t", "prediction"], zoom=3)
+        pictures.append(picture.quantize(64))
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=120, loop=0)
 
 
 def report_field(model, schedule, images, folder, name, seed=0, samples=None, scale=1, gif=False,

@@ -181,14 +181,15 @@ def line_chart(title, curves, size=(460, 320), log_y=False):
     for i in range(5):
         x, y = x_low + i / 4 * x_span, y_low + i / 4 * y_span
         draw.line([place(x_low, y), place(x_low + x_span, y)], fill="#e4e4e4")
-        label = f"{10**y if log_y else y:.3g}"
+        label = f"{10**y if log_y else y:.4g}"
         draw.text((left - 6, place(x, y)[1]), label, fill="#444", font=font, anchor="rm")
         draw.text((place(x, y)[0], height - bottom + 6), f"{x:.4g}", fill="#444", font=font,
                   anchor="ma")
     for i, (label, curve) in enumerate(points.items()):
         colour = COLOURS[i % len(COLOURS)]
         draw.line([place(x, y) for x, y in curve], fill=colour, width=2, joint="curve")
-        draw.text((width - right, top + 15 * i), label, fill=colour, font=font, anchor="ra")
+        draw.text((width - right, height // 2 + 15 * i), label, fill=colour, font=font,
+                  anchor="ra")
     return image
 
 

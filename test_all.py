@@ -1500,7 +1500,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped():
             with patched(train, save_checkpoint=interrupt):
                 code, out, err = run(train, f"{line}/parts")
             assert code == 130 and "--resume" in out, err
-            assert checkpoint_of(root / "parts" / model)["step"] in (2, 3)
+            assert checkpoint_of(root / "parts" / model)["step"] == 3
             code, out, err = run(train, f"{line}/parts --resume")
             assert code == 0, err
             a, b = (checkpoint_of(root / part / model) for part in ("whole", "parts"))

@@ -409,7 +409,8 @@ def main():
     start = shown = time.time()
     for step, loss in loop:
         losses[step - 1] = loss
-        last = step == args.steps or bool(stop)
+        stopping = bool(stop)  # read once: a signal may come at any line
+        last = step == args.steps or stopping
         saving = last or step % args.save_every == 0
         if step % every == 0 or step == args.steps:
             tests.append([step, *measure()])
@@ -429,7 +430,7 @@ def main():
                   end="\n" if last or not sys.stdout.isatty() else "", flush=True)
         if saving:
             save(step)
-        if stop and step < args.steps:
+        if stopping and step < args.steps:
             print(f"stopped and saved: {path}. To go on, give the same command with --resume")
             sys.exit(130)
     if args.steps == 0:
