@@ -21,6 +21,7 @@ import argparse
 import gzip
 import hashlib
 import math
+import shutil
 import sys
 import tarfile
 import urllib.request
@@ -37,11 +38,11 @@ CIFAR10_URLS = ["https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"]
 CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 MNIST_URLS = ["https://ossci-datasets.s3.amazonaws.com/mnist/",
               "https://storage.googleapis.com/cvdf-datasets/mnist/"]
-MNIST_SHA256 = {  # of the unpacked files
-    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+MNIST_MD5 = {
+    "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+    "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
+    "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
+    "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
 }
 
 
@@ -82,22 +83,15 @@ def load_cifar10(root, train):
 
 
 def fetch_cifar10(root):
-    """Download the archive, compare its checksum, unpack, and move the files into place."""
+    """Download the archive, unpack it, and move the files into place."""
     archive, folder = root / "cifar-10-binary.tar.gz", root / "cifar-10-batches-bin"
-
-    def check(path):
-        md5 = hashlib.md5(path.read_bytes()).hexdigest()
-        if md5 != CIFAR10_MD5:
-            raise ValueError(f"its MD5 should be {CIFAR10_MD5} and is {md5}")
-
-    download(CIFAR10_URLS, archive, check)
+    download(CIFAR10_URLS, archive, CIFAR10_MD5)
     with tarfile.open(archive) as tar:
         tar.extractall(root / "unpacked", filter="data")  # nothing outside this folder
     folder.mkdir(exist_ok=True)
     for path in (root / "unpacked" / folder.name).iterdir():
         path.replace(folder / path.name)
-    (root / "unpacked" / folder.name).rmdir()
-    (root / "unpacked").rmdir()
+    shutil.rmtree(root / "unpacked")
     archive.unlink()
 
 
@@ -108,8 +102,8 @@ def load_mnist(root, train):
     Raises Unavailable if it is missing and cannot be fetched, ValueError for a damaged file.
     """
     folder, prefix = Path(root) / "MNIST" / "raw", "train" if train else "t10k"
-    images = read_idx(find_mnist(folder, f"{prefix}-images-idx3-ubyte"), (28, 28))
-    labels = read_idx(find_mnist(folder, f"{prefix}-labels-idx1-ubyte"), ())
+    images = read_idx(folder / f"{prefix}-images-idx3-ubyte", (28, 28))
+    labels = read_idx(folder / f"{prefix}-labels-idx1-ubyte", ())
     if len(images) != len(labels) or labels.max() > 9:
         raise ValueError(f"{folder}: expected a label from 0 to 9 for each image, found "
                          f"{len(images):,} images and {len(labels):,} labels up to "
@@ -117,53 +111,37 @@ def load_mnist(root, train):
     return torch.from_numpy(images[:, None]), torch.from_numpy(labels)
 
 
-def find_mnist(folder, name):
-    """The path of one MNIST file, which is fetched if it is not there."""
-    def check(path):
-        sha = hashlib.sha256(read_gzip(path, 60_000 * 784 + 16)).hexdigest()
-        if sha != MNIST_SHA256[name]:
-            raise ValueError(f"its SHA-256 should be {MNIST_SHA256[name]} and is {sha}")
-
-    if (folder / name).exists():
-        return folder / name
-    path = folder / f"{name}.gz"
-    if not path.exists():
-        download([url + path.name for url in MNIST_URLS], path, check)
-    return path
-
-
 def read_idx(path, shape):
-    """One IDX file of unsigned bytes: uint8 (N, *shape). Raises ValueError for any damage."""
-    item = math.prod(shape)
-    limit = 16 + 60_000 * item
-    content = read_gzip(path, limit) if path.suffix == ".gz" else path.read_bytes()
-    header = 4 * (2 + len(shape))  # magic number, count, and the size of each dimension
-    fields = np.frombuffer(content[:header], ">u4") if len(content) > header else [0, 0]
-    magic = 0x0800 + 1 + len(shape)  # 08: unsigned bytes; then the number of dimensions
-    expected = [magic, (len(content) - header) // item, *shape]
-    if list(fields) != expected or len(content) != header + fields[1] * item:
-        raise ValueError(f"{path}: expected an IDX file with the header {expected}, found "
-                         f"{len(content):,} bytes with the header {[int(n) for n in fields]}; "
-                         f"delete the file to fetch it again")
-    return np.frombuffer(content, np.uint8, offset=header).reshape(-1, *shape).copy()
+    """The items of an IDX file of unsigned bytes, or of path.gz: uint8 (N, *shape).
 
-
-def read_gzip(path, limit):
-    """The content of a gzip file. Raises ValueError if it is damaged or longer than `limit`."""
+    path.gz is fetched if neither is there. Raises ValueError for a damaged file.
+    """
+    if not path.exists():
+        path = path.with_name(path.name + ".gz")
+    if not path.exists():
+        download([url + path.name for url in MNIST_URLS], path, MNIST_MD5[path.name])
+    item, header = math.prod(shape), 4 * (2 + len(shape))
     try:
-        with gzip.open(path) as file:
-            content = file.read(limit + 1)  # never unpacks more than that
+        if path.suffix == ".gz":
+            with gzip.open(path) as file:
+                content = file.read(16 + 60_000 * item + 1)  # never unpacks more than that
+        else:
+            content = path.read_bytes()
     except (EOFError, zlib.error, gzip.BadGzipFile) as problem:
         raise ValueError(f"{path}: expected a gzip file, found a damaged one ({problem}); "
                          f"delete the file to fetch it again") from None
-    if len(content) > limit:
-        raise ValueError(f"{path}: expected at most {limit:,} bytes, found more; delete the file "
-                         f"to fetch it again")
-    return content
+    # magic number (08: unsigned bytes, then the number of dimensions), count, item shape
+    expected = [0x0800 + 1 + len(shape), (len(content) - header) // item, *shape]
+    found = np.frombuffer(content[:header], ">u4").tolist() if len(content) > header else []
+    if found != expected or len(content) != header + found[1] * item:
+        raise ValueError(f"{path}: expected an IDX file with the header {expected}, found "
+                         f"{len(content):,} bytes with the header {found}; delete the file to "
+                         f"fetch it again")
+    return np.frombuffer(content, np.uint8, offset=header).reshape(-1, *shape).copy()
 
 
-def download(urls, path, check):
-    """Fetch the first address that works and whose content passes check(temporary path).
+def download(urls, path, md5):
+    """Fetch the first address that works and whose content has this MD5 checksum.
 
     The file gets its name only after the check. Raises Unavailable with a reason for each address.
     """
@@ -176,7 +154,9 @@ def download(urls, path, check):
                 with open(temporary, "wb") as file:
                     while chunk := response.read(1 << 20):
                         file.write(chunk)
-            check(temporary)
+            found = hashlib.md5(temporary.read_bytes()).hexdigest()
+            if found != md5:
+                raise ValueError(f"its MD5 should be {md5} and is {found}")
             temporary.replace(path)
             return
         except (OSError, ValueError, HTTPException) as problem:

@@ -350,13 +350,14 @@ class NFDenoiser(nn.Module):
         """
         check_shapes(noisy_output_values, output_coords, input_coords, input_values)
         alpha_bar = self.alphas_cumprod[t][:, None, None]                    # (B, 1, 1)
-        x_t, x_in = noisy_output_values @ self.colours, input_values @ self.colours
+        exact = torch.autocast(t.device.type, enabled=False)  # linear algebra needs float32
 
         # prior: mean and standard deviation of x_0, and what the U-Net sees
-        mean_image, std, image = self.prior(x_t, output_coords, alpha_bar, input_coords, x_in,
-                                            pure_noise)
-        mean = read_at(mean_image, output_coords)                            # (B, N_out, C)
-
+        with exact, torch.no_grad():
+            x_t, x_in = noisy_output_values @ self.colours, input_values @ self.colours
+            mean_image, std, image = self.prior(x_t, output_coords, alpha_bar, input_coords, x_in,
+                                                pure_noise)
+            mean = read_at(mean_image, output_coords)                        # (B, N_out, C)
         answer = torch.zeros_like(mean)
         if self.unet:
             features = read_at(self.unet(image), output_coords).relu()       # (B, N_out, widths[0])
@@ -377,9 +378,9 @@ class NFDenoiser(nn.Module):
                 bias = alpha_bar.log().expand(-1, 1, query.shape[1])
                 bias = F.pad(bias, (input_coords.shape[1], 0))[:, None]      # 0 for the inputs
             answer = answer + self.perceiver.attend(tokens, query, bias)
-        return (mean + std * answer.float()) @ self.colours.T
+        with exact:
+            return (mean + std * answer.float()) @ self.colours.T
 
-    @torch.no_grad()
     def prior(self, x_t, output_coords, alpha_bar, input_coords, x_in, pure_noise):
         """What is known before any learning; arguments as in forward, colours rotated.
 
@@ -387,27 +388,25 @@ class NFDenoiser(nn.Module):
         residual, and the U-Net's input (B, C + 3, side, side): the mean image (without a field the
         pixels themselves), where there are input pixels and noisy pixels, and the noise level.
         """
-        with torch.autocast(x_in.device.type, enabled=False):
-            inputs, outputs = (self.grid_index(coords) for coords in (input_coords, output_coords))
-            if self.field:
-                noisy = () if pure_noise else (outputs, x_t, alpha_bar)
-                mean_image, variance = self.field(inputs, x_in, *noisy)
-                residual = 0.07 * variance  # part of the variance that 20% of the pixels leave
-                seen = mean_image - x_in.mean(1)[..., None]
-            else:
-                variance = residual = torch.full_like(x_in[:, :1], 0.25)
-                mean_image = x_in.mean(1)[..., None].expand(-1, -1, self.side**2)
-                noisy = alpha_bar.sqrt() * x_t
-                seen = self.scatter(torch.cat([inputs, outputs], 1), torch.cat([x_in, noisy], 1))
-            # variance of x_0 given x_t, for a Gaussian with the variance `residual`
-            std = (residual * (1 - alpha_bar) / (alpha_bar * residual + 1 - alpha_bar)).sqrt()
-            here = alpha_bar.expand(-1, x_t.shape[1], 1)
-            image = torch.cat([seen / variance.sqrt().mT,
-                               self.scatter(inputs, torch.ones_like(x_in[..., :1])),
-                               self.scatter(outputs, here),
-                               alpha_bar.sqrt().expand(-1, 1, self.side**2)], dim=1)
-            as_image = lambda x: x.unflatten(2, (self.side, self.side))
-            return as_image(mean_image), std, as_image(image)
+        inputs, outputs = (self.grid_index(coords) for coords in (input_coords, output_coords))
+        if self.field:
+            noisy = () if pure_noise else (outputs, x_t, alpha_bar)
+            mean_image, variance = self.field(inputs, x_in, *noisy)
+            residual = 0.07 * variance  # part of the variance that 20% of the pixels leave
+            seen = mean_image - x_in.mean(1)[..., None]
+        else:
+            mean_image = x_in.mean(1)[..., None].expand(-1, -1, self.side**2)
+            variance = residual = torch.full_like(x_in[:, :1], 0.25)
+            seen = self.scatter(torch.cat([inputs, outputs], dim=1),
+                                torch.cat([x_in, alpha_bar.sqrt() * x_t], dim=1))
+        # variance of x_0 given x_t, for a Gaussian with the variance `residual`
+        std = (residual * (1 - alpha_bar) / (alpha_bar * residual + 1 - alpha_bar)).sqrt()
+        image = torch.cat([seen / variance.sqrt().mT,
+                           self.scatter(inputs, torch.ones_like(x_in[..., :1])),
+                           self.scatter(outputs, alpha_bar.expand(-1, x_t.shape[1], 1)),
+                           alpha_bar.sqrt().expand(-1, 1, self.side**2)], dim=1)
+        as_image = lambda x: x.unflatten(2, (self.side, self.side))
+        return as_image(mean_image), std, as_image(image)
 
     def grid_index(self, coords):
         """The nearest pixel y * side + x of coords (B, N, 2), clamped to [0, 1]: int64 (B, N)."""
@@ -423,8 +422,7 @@ class NFDenoiser(nn.Module):
 def read_at(image, coords):
     """Bilinear interpolation of image (B, C, H, W) at coords (B, N, 2) in [0, 1]: (B, N, C)."""
     grid = 2 * coords[:, :, None] - 1                                        # (B, N, 1, 2)
-    values = F.grid_sample(image, grid.to(image.dtype), padding_mode="border", align_corners=True)
-    return values[..., 0].mT
+    return F.grid_sample(image.float(), grid, padding_mode="border", align_corners=True)[..., 0].mT
 
 
 def check_shapes(x_t, output_coords, input_coords, input_values):

@@ -39,7 +39,6 @@ SHIPPED = Path(__file__).resolve().parent / "assets" / "nf_small.pt"
 # -------------------------------------------------------------------------------------- samplers
 
 
-@torch.no_grad()
 def ddim_sample(model, schedule, output_coords, input_coords, input_values, num_steps=50, eta=0.0,
                 generator=None, on_step=None):
     """Denoise Gaussian noise at output_coords step by step. DDIM (Song et al., 2021), eq. 12.
@@ -52,30 +51,30 @@ def ddim_sample(model, schedule, output_coords, input_coords, input_values, num_
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be between 0 and 1, got {eta}")
-    steps = schedule.timesteps(num_steps).tolist()
-    x_t = randn(output_coords, input_values, generator)
-    for t, t_next in zip(steps, [*steps[1:], -1]):
-        t_batch = torch.full((len(x_t),), t, device=x_t.device)
-        x_0 = model(x_t, output_coords, t_batch, input_coords, input_values)
-        noise = randn(output_coords, input_values, generator) if eta > 0 else None
-        x_t = schedule.ddim_step(x_t, x_0, t, t_next, eta, noise)
-        if on_step:
-            on_step(t, x_t, x_0)
-    return x_t
+    step = lambda x_t, x_0, t, t_next, noise: schedule.ddim_step(x_t, x_0, t, t_next, eta, noise)
+    return denoise(model, step, schedule.timesteps(num_steps).tolist(), output_coords,
+                   input_coords, input_values, generator, on_step)
 
 
-@torch.no_grad()
 def ddpm_sample(model, schedule, output_coords, input_coords, input_values, generator=None,
                 on_step=None):
     """Ancestral sampling over all T timesteps. DDPM (Ho et al., 2020), algorithm 2.
 
     Arguments and result as in ddim_sample.
     """
+    step = lambda x_t, x_0, t, t_next, noise: schedule.ddpm_step(x_t, x_0, t, noise)
+    return denoise(model, step, [*reversed(range(schedule.num_timesteps))], output_coords,
+                   input_coords, input_values, generator, on_step)
+
+
+@torch.no_grad()
+def denoise(model, step, timesteps, output_coords, input_coords, input_values, generator, on_step):
+    """The loop of both samplers: predict x_0, then step to the next of the falling timesteps."""
     x_t = randn(output_coords, input_values, generator)
-    for t in reversed(range(schedule.num_timesteps)):
+    for t, t_next in zip(timesteps, [*timesteps[1:], -1]):
         t_batch = torch.full((len(x_t),), t, device=x_t.device)
         x_0 = model(x_t, output_coords, t_batch, input_coords, input_values)
-        x_t = schedule.ddpm_step(x_t, x_0, t, randn(output_coords, input_values, generator))
+        x_t = step(x_t, x_0, t, t_next, randn(output_coords, input_values, generator))
         if on_step:
             on_step(t, x_t, x_0)
     return x_t

@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from autoencoder import (DenoisingAutoencoder, corruption, report_autoencoder, test_error,
@@ -256,29 +257,24 @@ def bench(model, optimizers, images, schedule, args):
         for optimizer in optimizers:
             optimizer.step()
 
+    def seconds(work):  # median, of GPUs synchronised
+        timer = Timer("work()", globals=dict(work=work), num_threads=torch.get_num_threads())
+        return timer.blocked_autorange(min_run_time=0.5).median
+
     batch, matrix = draw(), torch.rand(2048, 2048, device=args.device)
-    works = dict(matmul=lambda: matrix @ matrix, draw=draw, forward=forward,
-                 both=lambda: forward().backward(), optimiser=optimise)
-    works["both"]()
-    times = {name: [] for name in works}
-    for _ in range(10):  # interleaved, so that slow spells affect all of them equally
-        for name, work in works.items():
-            start = time.perf_counter()
-            work()
-            if args.device.type == "cuda":
-                torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - start)
-    times = {name: sorted(each)[len(each) // 2] for name, each in times.items()}
+    both = lambda: forward().backward()
+    both()
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        works["both"]()
-    rate, step = 2 * 2048**3 / times["matmul"], times["draw"] + times["both"] + times["optimiser"]
-    print(f"whole step {1e3 * step:.1f} ms, {args.batch_size / step:.1f} images/s: draw "
-          f"{times['draw'] / step:.1%}, forward {times['forward'] / step:.1%}, backward "
-          f"{(times['both'] - times['forward']) / step:.1%}, optimiser "
-          f"{times['optimiser'] / step:.1%}\nforward and backward "
-          f"{counter.get_total_flops() / args.batch_size / 1e9:.3f} GFLOP an image, "
-          f"{counter.get_total_flops() / times['both'] / rate:.0%} of the matmul rate "
-          f"({rate / 1e9:.0f} GFLOP/s)")
+        both()
+    parts = dict(draw=seconds(draw), forward=seconds(forward), optimiser=seconds(optimise))
+    both_seconds = seconds(both)
+    parts["backward"] = both_seconds - parts["forward"]
+    step, flops = sum(parts.values()), counter.get_total_flops()
+    rate = 2 * 2048**3 / seconds(lambda: matrix @ matrix)
+    print(f"whole step {1e3 * step:.1f} ms, {args.batch_size / step:.1f} images/s: "
+          + ", ".join(f"{name} {value / step:.1%}" for name, value in parts.items()))
+    print(f"forward and backward {flops / args.batch_size / 1e9:.3f} GFLOP an image, "
+          f"{flops / both_seconds / rate:.0%} of the matmul rate ({rate / 1e9:.0f} GFLOP/s)")
 
 
 def resume(path, model, optimizers, losses, settings):
