@@ -195,7 +195,8 @@ EXERCISES = CROSS_TESTS | {"features": (CORRUPTIONS[:2], None),
 def print_table(title, rows, columns, figures):
     """figures {(row, column): one number a seed}: mean and standard deviation, printed and
     returned as {row: {column: [mean, standard deviation]}}."""
-    print(f"\n{title}\n{'':28}" + "".join(f"{column:>32}" for column in columns))
+    widths = [2 + max(len(column), 16) for column in columns]
+    print(f"\n{title}\n{'':28}" + "".join(f"{c:>{w}}" for c, w in zip(columns, widths)))
     table = {}
     for row in rows:
         table[row] = {}
@@ -203,7 +204,7 @@ def print_table(title, rows, columns, figures):
             x = torch.tensor(figures[row, column])
             table[row][column] = [x.mean().item(), x.std(correction=min(1, len(x) - 1)).item()]
         cells = (f"{mean:.4f} +- {std:.4f}" for mean, std in table[row].values())
-        print(f"{row:28}" + "".join(f"{cell:>32}" for cell in cells))
+        print(f"{row:28}" + "".join(f"{cell:>{w}}" for cell, w in zip(cells, widths)))
     return table
 
 
@@ -224,7 +225,7 @@ def cross_test(models, test, trained_on, tested_on):
             figures[f"trained on {trained}", text] = [F.mse_loss(x, test).item() for x in restored]
             shown.append(restored[0][0])
         rows.append([x.view(1, 28, 28) for x in shown])
-    return figures, image_grid(rows, ["clean", "input", *trained_on], tested_on)
+    return figures, image_grid(rows, ["truth", "input", *trained_on], tested_on)
 
 
 def linear_classifier(features, labels, classes=10):
@@ -305,7 +306,7 @@ def progressive(models, test, passes=10):
             if model is models[0]:
                 rows.append([image.view(1, 28, 28) for image in shown])
     names = ["input", *(f"pass {i}" for i in range(1, passes + 1))]
-    return names, columns, figures, image_grid(rows, ["clean", *names], columns, zoom=3)
+    return names, columns, figures, image_grid(rows, ["truth", *names], columns, zoom=3)
 
 
 def train_models(texts, images, seeds, epochs, batch_size=512, lr=6e-3):
@@ -361,7 +362,8 @@ def lab(args):
                                                            test_labels)
             else:
                 rows, columns, figures, picture = progressive(models["gaussian 0.3"], test)
-        title = f"{exercise} ({'see columns' if exercise == 'features' else 'test MSE'})"
+        unit = "shares" if exercise == "features" else "test MSE"
+        title = f"{exercise} ({unit}; mean and standard deviation over {args.seeds} seeds)"
         results[exercise] = print_table(title, rows, columns, figures)
         picture.save(args.out / f"autoencoder-{exercise}.png")
         print(f"picture: {args.out / f'autoencoder-{exercise}.png'}")
