@@ -1,11 +1,11 @@
-"""A denoising autoencoder: an MLP that gives back the clean image from a corrupted one.
+"""A denoising autoencoder: an MLP that recovers the clean image from a corrupted one.
 
     encode  z = f(y)          784 -> 256 -> 128 -> 64       y: the corrupted image
     decode  x_hat = g(z)       64 -> 128 -> 256 -> 784
     loss    mean (x_hat - x)^2                              x: the CLEAN image
 
-With y as the target the noise itself would be worth copying. With x as the target, the 64 numbers
-are best spent on the structure that clean images share. A plain autoencoder is the same network
+If the target were y, copying the noise would pay off. With x as the target, the 64 numbers are
+best spent on the structure that clean images share. A plain autoencoder is the same network
 with y = x. After Vincent et al., "Extracting and Composing Robust Features with Denoising
 Autoencoders" (ICML 2008).
 
@@ -158,7 +158,8 @@ def report_autoencoder(model, images, folder, name, seed=0):
     """
     from data import heat, image_grid
     clean, results, rows, labels = images.float() / 255, {}, [], []
-    print(f"{name}, {len(images):,} images{'':14}MSE before         MSE     PSNR dB")
+    title = f"{name}, {len(images):,} images"
+    print(f"{title:30}{'MSE before':>12}{'MSE':>12}{'PSNR dB':>12}")
     for text in CORRUPTIONS:
         generator = torch.Generator(clean.device).manual_seed(seed)
         noisy = corruption(text)(clean, generator)
@@ -193,7 +194,7 @@ EXERCISES = CROSS_TESTS | {"features": (CORRUPTIONS[:2], None),
 
 
 def print_table(title, rows, columns, figures):
-    """figures {(row, column): one number a seed}: mean and standard deviation, printed and
+    """figures {(row, column): one number per seed}: mean and standard deviation, printed and
     returned as {row: {column: [mean, standard deviation]}}."""
     widths = [2 + max(len(column), 16) for column in columns]
     print(f"\n{title}\n{'':28}" + "".join(f"{c:>{w}}" for c, w in zip(columns, widths)))
@@ -288,7 +289,7 @@ def features(models, train, test, labels, test_labels):
 def progressive(models, test, passes=10):
     """Images under Gaussian 0.5 and masking 0.3 through the model again and again.
 
-    models: those trained on "gaussian 0.3", one a seed. test: float (N, 784). The second column
+    models: those trained on "gaussian 0.3", one per seed. test: float (N, 784). The second column
     adds Gaussian noise 0.1 before each pass. Returns (rows, columns, figures, picture).
     """
     from data import image_grid
@@ -396,7 +397,7 @@ def main():
             print(f"{layer.in_features:4d} -> {layer.out_features:4d}  "
                   f"{sum(p.numel() for p in layer.parameters()):9,} parameters")
     print(f"in all        {sum(p.numel() for p in model.parameters()):9,} parameters\n"
-          f"(nothing was written; train.py trains it, --exercise opens the lab)")
+          f"(nothing was written; train.py trains it, --exercise runs the lab)")
 
 
 if __name__ == "__main__":

@@ -145,11 +145,11 @@ def download(urls, path, md5):
 
     The file gets its name only after the check. Raises Unavailable with a reason for each address.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary, reasons = path.with_name(path.name + ".part"), []
     for url in urls:
         print(f"downloading {url}", flush=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             with urllib.request.urlopen(url, timeout=10) as response:
                 with open(temporary, "wb") as file:
                     while chunk := response.read(1 << 20):
@@ -166,7 +166,7 @@ def download(urls, path, md5):
     raise Unavailable(f"cannot fetch {path.name} ({'; '.join(reasons)})")
 
 
-# ----------------------------------------------------------------------- made by code, or by you
+# -------------------------------------------------------- built-in sets and your own pictures
 
 
 def make_leaves(count, seed):
@@ -222,7 +222,7 @@ def make_glyphs(count, seed):
 def open_picture(path):
     """Any picture that Pillow reads, as a Pillow image, turned as its EXIF data says.
 
-    Raises ValueError for a file that is no picture, is damaged, or is too large to be honest.
+    Raises ValueError for a file that is no picture, is damaged, or is suspiciously large.
     """
     try:
         with warnings.catch_warnings():
@@ -246,27 +246,29 @@ def square_picture(image, channels, side):
 
 
 def load_folder(folder, train, channels, side):
-    """Every picture below a folder; a tenth of them, chosen by a hash of the name, is the test set.
+    """Every picture below a folder. The tenth whose names have the lowest hashes is the test set.
 
     Returns (images uint8 (N, channels, side, side), labels, all 0). Raises ValueError if there
     are fewer than 20 pictures.
     """
-    sets, others = {True: [], False: []}, 0
-    for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
-        try:
-            image = square_picture(open_picture(path), channels, side)
-        except ValueError:
-            others += 1
-            continue
-        name = path.relative_to(folder).as_posix().encode(errors="surrogateescape")
-        sets[zlib.crc32(name) % 10 > 0].append(image)
-    count = len(sets[True]) + len(sets[False])
+    pictures, others = [], 0
+    for path in Path(folder).rglob("*"):
+        if path.is_file():
+            name = path.relative_to(folder).as_posix().encode(errors="surrogateescape")
+            try:
+                image = square_picture(open_picture(path), channels, side)
+                pictures.append((zlib.crc32(name), name, image))
+            except ValueError:
+                others += 1
+    count = len(pictures)
     if others:
         print(f"notice: {folder}: {others:,} of {count + others:,} files are not pictures")
-    if count < 20 or not sets[False]:
+    if count < 20:
         raise ValueError(f"{folder} holds {count} pictures that can be read: at least 20 are "
                          f"needed, a tenth of them for the test set")
-    images = torch.stack(sets[train])
+    pictures.sort(key=lambda picture: picture[:2])
+    chosen = pictures[count // 10:] if train else pictures[:count // 10]
+    images = torch.stack([image for _, _, image in chosen])
     return images, torch.zeros(len(images), dtype=torch.uint8)
 
 

@@ -19,7 +19,7 @@ It is a sum of three parts, and each can be left out (train.py --parts):
                                   +--> perceiver  latents read all pixels; each output pixel reads
                                                   the latents: (B, N_out, 3)
 
-    python nf_denoiser.py                  # parameters of each part; the field against theory
+    python nf_denoiser.py                  # the parameters of each part, for each --size
 
 Papers: Perceiver IO (Jaegle et al., 2021, arXiv 2107.14795); Gaussian Processes for Machine
 Learning (Rasmussen & Williams, 2006); U-Net (Ronneberger et al., 2015, arXiv 1505.04597); DDPM
@@ -27,7 +27,6 @@ Learning (Rasmussen & Williams, 2006); U-Net (Ronneberger et al., 2015, arXiv 15
 """
 import argparse
 import math
-import sys
 
 import torch
 import torch.nn.functional as F
@@ -103,7 +102,7 @@ class Attention(nn.Module):
         q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
                    for y in (q, k, v))  # (B, heads, N or M, head_dim)
         bias = None if bias is None else bias.to(q.dtype)
-        y = F.scaled_dot_product_attention(q, k, v, bias)  # no dropout: the fused kernel has none
+        y = F.scaled_dot_product_attention(q, k, v, bias)  # dropout is in the MLP only
         return self.to_out(y.transpose(1, 2).flatten(2))  # (B, N, dim)
 
 
@@ -192,8 +191,7 @@ def exponential_covariance(side, length=16 / 31):
     """The textbook alternative exp(-distance / length): (side * side, side * side), diagonal 1."""
     row, column = torch.meshgrid(*2 * [torch.linspace(0, 1, side)], indexing="ij")
     coords = torch.stack([column.flatten(), row.flatten()], dim=1)
-    exact = "donot_use_mm_for_euclid_dist"
-    return torch.exp(-torch.cdist(coords, coords, compute_mode=exact) / length)
+    return torch.exp(-(coords[:, None] - coords).norm(dim=-1) / length)
 
 
 class GaussianField(nn.Module):
@@ -227,7 +225,7 @@ class GaussianField(nn.Module):
         mean = input_values.mean(dim=1, keepdim=True)                        # (B, 1, C)
         centred = input_values - mean
         weights = torch.cholesky_solve(centred, L)                           # (B, N_in, C)
-        # maximum likelihood, y^T K^-1 y / N, with two more pixels of variance 0.05
+        # maximum likelihood, y^T K^-1 y / N; two pixels of variance 0.05 are added as a prior
         count = input_values.shape[1]
         variance = ((centred * weights).sum(1, keepdim=True) + 2 * 0.05) / (count + 2)
         posterior_mean = mean + rows_in.mT @ weights                         # (B, P, C), eq. 2.25
@@ -321,7 +319,7 @@ class NFDenoiser(nn.Module):
         if "unet" in parts:
             self.unet = UNet(input_channels + 3, widths)
             self.unet_to_values = nn.Linear(widths[0], output_channels)
-            nn.init.normal_(self.unet_to_values.weight, std=0.01)  # start at the field's mean
+            nn.init.normal_(self.unet_to_values.weight, std=0.01)  # start near the mean
         if "perceiver" in parts:
             self.perceiver = PerceiverIO(input_channels, output_channels, num_latents, latent_dim,
                                          num_fourier_feats, num_blocks, num_heads, dropout)
@@ -343,12 +341,18 @@ class NFDenoiser(nn.Module):
         """Predict the clean output values x_0. DDPM's network, for x_0 instead of eps.
 
         noisy_output_values: x_t (B, N_out, C). output_coords (B, N_out, 2), input_coords
-        (B, N_in, 2): in [0, 1], clamped to it; given pixels are moved to the nearest grid point.
-        t: int64 (B,) in 0..T-1. input_values: (B, N_in, C) in [-1, 1], clean. pure_noise: x_t
-        carries no information (t = T - 1), so the field need not condition on it.
-        Returns x_0_hat (B, N_out, C). Raises ValueError for shapes that do not match or N_in = 0.
+        (B, N_in, 2): clamped to [0, 1]; for the field and the U-Net, given pixels are moved to
+        the nearest grid point. t: int64 (B,) in 0..T-1. input_values: (B, N_in, C) in [-1, 1],
+        clean. pure_noise: x_t carries no information (t = T - 1), so the field need not condition
+        on it. Returns x_0_hat (B, N_out, C). Raises ValueError for other shapes or N_in = 0.
         """
-        check_shapes(noisy_output_values, output_coords, input_coords, input_values)
+        (B, N_out, C), N_in = noisy_output_values.shape, input_coords.shape[1]
+        shapes = [tuple(x.shape) for x in (output_coords, t, input_coords, input_values)]
+        if N_in < 1 or shapes != [(B, N_out, 2), (B,), (B, N_in, 2), (B, N_in, len(self.colours))]:
+            raise ValueError(f"shapes must match, with at least one input pixel; got x_t "
+                             f"{(B, N_out, C)} and output_coords, t, input_coords, input_values "
+                             f"{shapes}")
+        input_coords, output_coords = input_coords.clamp(0, 1), output_coords.clamp(0, 1)
         alpha_bar = self.alphas_cumprod[t][:, None, None]                    # (B, 1, 1)
         exact = torch.autocast(t.device.type, enabled=False)  # linear algebra needs float32
 
@@ -392,7 +396,7 @@ class NFDenoiser(nn.Module):
         if self.field:
             noisy = () if pure_noise else (outputs, x_t, alpha_bar)
             mean_image, variance = self.field(inputs, x_in, *noisy)
-            residual = 0.07 * variance  # part of the variance that 20% of the pixels leave
+            residual = 0.07 * variance  # about what 20% of the pixels leave unexplained
             seen = mean_image - x_in.mean(1)[..., None]
         else:
             mean_image = x_in.mean(1)[..., None].expand(-1, -1, self.side**2)
@@ -409,8 +413,8 @@ class NFDenoiser(nn.Module):
         return as_image(mean_image), std, as_image(image)
 
     def grid_index(self, coords):
-        """The nearest pixel y * side + x of coords (B, N, 2), clamped to [0, 1]: int64 (B, N)."""
-        x, y = (coords.clamp(0, 1) * (self.side - 1)).round().long().unbind(-1)
+        """The nearest pixel y * side + x of coords (B, N, 2) in [0, 1]: int64 (B, N)."""
+        x, y = (coords * (self.side - 1)).round().long().unbind(-1)
         return y * self.side + x
 
     def scatter(self, indices, values):
@@ -422,16 +426,7 @@ class NFDenoiser(nn.Module):
 def read_at(image, coords):
     """Bilinear interpolation of image (B, C, H, W) at coords (B, N, 2) in [0, 1]: (B, N, C)."""
     grid = 2 * coords[:, :, None] - 1                                        # (B, N, 1, 2)
-    return F.grid_sample(image.float(), grid, padding_mode="border", align_corners=True)[..., 0].mT
-
-
-def check_shapes(x_t, output_coords, input_coords, input_values):
-    """Raises ValueError unless coordinates and values match and there is an input pixel."""
-    if (input_coords.shape[1] < 1 or input_coords.shape[:2] != input_values.shape[:2]
-            or output_coords.shape[:2] != x_t.shape[:2]):
-        raise ValueError(f"coordinates and values must match, with at least one input pixel; got "
-                         f"inputs {tuple(input_coords.shape)} and {tuple(input_values.shape)}, "
-                         f"outputs {tuple(output_coords.shape)} and {tuple(x_t.shape)}")
+    return F.grid_sample(image.float(), grid, align_corners=True)[..., 0].mT
 
 
 def main():
@@ -442,24 +437,8 @@ def main():
         print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, namely")
         for part, module in model.named_children():
             print(f"  {part:16}{sum(p.numel() for p in module.parameters()):12,}")
-
-    # An image that is a Gaussian random field (256 of them), a fifth of its pixels given.
-    covariance = exponential_covariance(32)
-    images = torch.linalg.cholesky(covariance) @ torch.randn(256, 1024, 1)   # (256, 1024, 1)
-    order = torch.rand(256, 1024).argsort(1)[..., None]
-    given, missing = order[:, :204], order[:, 204:]
-    x_in, x_0 = images.gather(1, given), images.gather(1, missing)
-    mean_image, _ = GaussianField(covariance)(given[..., 0], x_in)
-    error = (mean_image.mT.gather(1, missing) - x_0).square().mean()
-    K_in = covariance[given[0, :, 0]]
-    explained = K_in.T @ torch.linalg.solve(K_in[:, given[0, :, 0]], K_in)
-    expected = (covariance - explained).diagonal()[missing[0, :, 0]].mean()
-    print(f"256 random fields of variance 1 from a fifth of their pixels: mean squared error "
-          f"{error:.4f}, theory {expected:.4f}\n(nothing was written; train.py trains a model)")
+    print("(nothing was written; train.py trains a model)")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as problem:
-        sys.exit(f"error: {problem}")
+    main()

@@ -26,9 +26,9 @@ def add_gaussian_noise(images, noise_factor=0.3, generator=None):
     """Add white Gaussian noise and clamp to [0, 1].
 
     images: float tensor of any shape in [0, 1]; it is not modified. noise_factor: standard
-    deviation, at least 0; a number, or a tensor that broadcasts to the images.
-    Returns a new tensor of the same shape. Raises ValueError for a negative or infinite factor
-    and for images that are not floating point.
+    deviation, 0 to 1,000,000; a number, or a tensor that broadcasts to the images.
+    Returns a new tensor of the same shape. Raises ValueError for another factor and
+    for images that are not floating point.
     """
     _check(images, noise_factor, "noise_factor", 1e6)
     eps = torch.randn(images.shape, generator=generator, device=images.device, dtype=images.dtype)
@@ -69,8 +69,7 @@ def add_mixed_noise(images, generator=None):
     if images.dim() < 2:
         raise ValueError(f"mixed noise needs a batch (B, ...), got shape {tuple(images.shape)}")
     per_image = (len(images), *[1] * (images.dim() - 1))
-    strength = torch.rand(per_image, generator=generator, device=images.device)
-    strength = strength.to(images.dtype)
+    strength = torch.rand(per_image, generator=generator, device=images.device).to(images.dtype)
     kind = torch.randint(3, per_image, generator=generator, device=images.device)
     gaussian = add_gaussian_noise(images, 0.1 + 0.4 * strength, generator)
     salt_pepper = add_salt_pepper_noise(images, 0.05 + 0.35 * strength, generator)
@@ -83,8 +82,8 @@ def _check(images, strength, name, highest):
         raise ValueError(f"images must be float in [0, 1], got {images.dtype}: divide by 255")
     values = torch.as_tensor(strength)
     if not ((values >= 0) & (values <= highest)).all():
-        raise ValueError(f"{name} must be between 0 and {highest:g}, got {values.flatten()[0]:g}"
-                         f"{' and others' * (values.numel() > 1)}")
+        raise ValueError(f"{name} must be between 0 and {highest:g}, got {values.min():g} to "
+                         f"{values.max():g}")
 
 
 def _uniform_per_pixel(images, generator):

@@ -6,12 +6,12 @@
     python sample.py --full --gif                     # all missing pixels as one sample; animation
     python sample.py --scale 4                        # the field on a grid four times as fine
     python sample.py --image photo.png --input-ratio 0.1
-    python sample.py --evaluate 20 --samples 32       # do the samples spread as they should?
+    python sample.py --evaluate 20 --samples 32       # are the samples calibrated?
 
 Two answers are shown. The one-step mean is the prediction at t = T - 1 from pure noise, an
-estimate of E[x_0 | x_in]: the lowest squared error, and blurred where the input leaves things
-open. A sample is denoised step by step: a plausible image, whose squared error is about twice
-that of the mean. An autoencoder's checkpoint is measured by report_autoencoder of autoencoder.py.
+estimate of E[x_0 | x_in]: the lowest squared error, and blurry where the input is ambiguous. A
+sample is denoised step by step: a plausible image, whose squared error is about twice that of the
+mean. An autoencoder's checkpoint is measured by report_autoencoder of autoencoder.py.
 """
 import os
 
@@ -46,7 +46,7 @@ def ddim_sample(model, schedule, output_coords, input_coords, input_values, num_
     model(x_t, output_coords, t, input_coords, input_values) -> x_0_hat. output_coords
     (B, N_out, 2), input_coords (B, N_in, 2), input_values (B, N_in, C) in [-1, 1]. eta: 0 is
     deterministic given the first noise, 1 as random as DDPM. on_step(t, x_t, x_0_hat) is called
-    after each step. Returns (B, N_out, C), not clamped. Raises ValueError for num_steps outside
+    before each step. Returns (B, N_out, C), not clamped. Raises ValueError for num_steps outside
     1..T or eta outside [0, 1].
     """
     if not 0 <= eta <= 1:
@@ -74,9 +74,9 @@ def denoise(model, step, timesteps, output_coords, input_coords, input_values, g
     for t, t_next in zip(timesteps, [*timesteps[1:], -1]):
         t_batch = torch.full((len(x_t),), t, device=x_t.device)
         x_0 = model(x_t, output_coords, t_batch, input_coords, input_values)
-        x_t = step(x_t, x_0, t, t_next, randn(output_coords, input_values, generator))
         if on_step:
             on_step(t, x_t, x_0)
+        x_t = step(x_t, x_0, t, t_next, randn(output_coords, input_values, generator))
     return x_t
 
 
@@ -161,12 +161,10 @@ def reconstruct(model, schedule, images, order, input_ratio=0.2, full=False, sam
     one-step mean given the input and the sample.
     """
     split = sparse_split(images, input_ratio, None, order=order)
-    n_out = split["output_indices"].shape[1]
-    if not full:
-        measured = sparse_split(images[:1], input_ratio, 0.2, order=order[:1])
-        n_out = measured["output_indices"].shape[1]
+    missing = split["output_indices"].shape[1]
+    n_out = missing if full else min(missing, images[0, 0].numel() // 5)
     given = split["input_coords"], split["input_values"]
-    coords, rest = split["output_coords"].split([n_out, split["output_coords"].shape[1] - n_out], 1)
+    coords, rest = split["output_coords"].split([n_out, missing - n_out], dim=1)
     if sampler == "ddim":
         sample = ddim_sample(model, schedule, coords, *given, num_steps, eta, generator, on_step)
     else:
@@ -223,7 +221,7 @@ def one_step_psnr(model, schedule, images, seed=0):
 
 def evaluate_samples(model, schedule, images, count, seed=0, input_ratio=0.2, num_steps=50,
                      eta=0.0):
-    """Do `count` DDIM samples of each image spread as they should? images: uint8 (N, C, H, W).
+    """Are `count` DDIM samples of each image calibrated? images: uint8 (N, C, H, W).
 
     Returns coverage, the share of true values inside the samples' central 90% (of perfect
     samples 29/33 = 0.88 for a count of 32), spread, their mean standard deviation, and
@@ -231,7 +229,9 @@ def evaluate_samples(model, schedule, images, count, seed=0, input_ratio=0.2, nu
     """
     generator, sums = torch.Generator().manual_seed(seed), torch.zeros(3)
     for i, image in enumerate(images):
-        split = sparse_split(image[None], input_ratio, order=mask_order(seed, [i], images))
+        output_ratio = min(0.2, 1 - input_ratio)
+        split = sparse_split(image[None], input_ratio, output_ratio,
+                             order=mask_order(seed, [i], images))
         copies = [split[name].expand(count, -1, -1)
                   for name in ("output_coords", "input_coords", "input_values")]
         x = ddim_sample(model, schedule, *copies, num_steps, eta, generator).clamp(-1, 1) / 2
@@ -273,7 +273,7 @@ def draw_field(split, answers):
 
 
 def draw_spread(model, schedule, images, order, generator, count, **options):
-    """Three whole-image samples; mean of `count` of them, truth, deviation, error of the mean."""
+    """Two whole-image samples; mean of `count` of them, truth, deviation, error of the mean."""
     rows = []
     for image, one in zip(images, order):
         split, _, answers = reconstruct(model, schedule, image.expand(count, -1, -1, -1),
@@ -292,8 +292,10 @@ def draw_fine(model, schedule, split, scale, generator):
     height, width = (scale * n for n in truth.shape[2:])
     y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
     coords = torch.stack([x, y], -1).view(1, -1, 2).to(truth).expand(len(truth), -1, -1)
-    fine = one_step_mean(model, schedule, coords, split["input_coords"], split["input_values"],
-                         generator).mT.unflatten(-1, (height, width))
+    given = split["input_coords"], split["input_values"]
+    parts = [one_step_mean(model, schedule, part, *given, generator)
+             for part in coords.split(16_384, dim=1)]
+    fine = torch.cat(parts, dim=1).mT.unflatten(-1, (height, width))
     given = scatter_pixels(split["input_indices"], split["input_values"], truth.shape)
     given = F.interpolate(given, scale_factor=scale)
     smooth = F.interpolate(truth, size=(height, width), mode="bicubic", align_corners=True)
@@ -336,8 +338,8 @@ def report_field(model, schedule, images, folder, name, seed=0, samples=None, sc
               f"{row['ssim']:10.4f}")
     pictures = {"samples.png": draw_field(split, answers)}
     if samples:
-        options = {key: value for key, value in options.items() if key in ("num_steps", "eta",
-                                                                          "input_ratio")}
+        options = {name: value for name, value in options.items()
+                   if name in ("input_ratio", "num_steps", "eta")}
         results["samples"] = evaluate_samples(model, schedule, images, samples, seed, **options)
         print("{samples} samples an image: {coverage:.1%} of the true values in the central 90%, "
               "standard deviation {spread:.4f}, PSNR of their mean {psnr_mean:.2f} dB"
@@ -373,12 +375,15 @@ def load_checkpoint(path, device="cpu"):
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
             weights, config = checkpoint["model"], checkpoint["config"]
             weights = {name: value.float() for name, value in weights.items()}
+            if missing := {"step", "data", "schedule"} - checkpoint.keys():
+                raise ValueError(f"it lacks {', '.join(missing)}")
             if checkpoint["kind"] == "nf":
                 model = NFDenoiser(weights["alphas_cumprod"], **config)
-            else:
+            elif checkpoint["kind"] in ("dae", "ae"):
                 model = DenoisingAutoencoder(**config)
+            else:
+                raise ValueError("it holds another kind of model")
             model.load_state_dict(weights)
-            checkpoint["step"], checkpoint["data"], checkpoint["schedule"]
         except Exception as problem:  # another or a damaged file can fail in any way
             reason = f"{type(problem).__name__}: {str(problem).strip()}".split("\n")[0][:150]
             raise ValueError(f"{path} is not a checkpoint of this version of train.py "
@@ -388,7 +393,7 @@ def load_checkpoint(path, device="cpu"):
 
 def save_checkpoint(path, checkpoint):
     """Write a temporary file, flush it to the disk, rename it: a crash spares the old one."""
-    temporary = path.with_suffix(".part")
+    temporary = path.with_name(path.name + ".part")
     try:
         with open(temporary, "wb") as file:
             torch.save(checkpoint, file)
@@ -402,17 +407,19 @@ def save_checkpoint(path, checkpoint):
 
 
 def write_json(path, figures):
-    """Write figures as JSON, with null for the infinite PSNR of a perfect answer."""
+    """Write nested dictionaries of figures as JSON, with null for an infinite PSNR."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(figures, indent=1).replace("Infinity", "null")
-    path.write_text(text + "\n")
+    figures = json.loads(json.dumps(figures), parse_constant=lambda _: None)
+    path.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def pick_device(name):
     """torch.device(name). Raises ValueError if this machine does not have it."""
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as problem:
+        probe = torch.zeros(1, device=name)
+        probe.item()
+        return probe.device
+    except (RuntimeError, AssertionError, NotImplementedError) as problem:
         reason = str(problem).splitlines()[0]
         raise ValueError(f"--device {name} cannot be used: {reason}") from None
 
@@ -424,13 +431,13 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("checkpoint", nargs="?", type=Path, help="default: the newest below --out, or the shipped")
+    add("checkpoint", nargs="?", type=Path, help="default: the newest below --out, or the bundled")
     add("--sampler", choices=["ddim", "ddpm"], default="ddim")
     add("--steps", type=int, help="of DDIM (default 50); DDPM takes all timesteps")
     add("--eta", type=float, default=0.0, help="randomness of DDIM, 0 to 1")
     add("--seed", type=int, default=0, help="of the masks and the noise")
     add("--input-ratio", type=float, default=0.2, help="share of the pixels that is given")
-    add("--samples", type=int, metavar="K", help="draw K samples an image, measure their spread")
+    add("--samples", type=int, metavar="K", help="draw K samples per image, measure their spread")
     add("--full", action="store_true", help="sample all missing pixels jointly")
     add("--scale", type=int, default=1, help="query a grid this many times as fine")
     add("--image", type=Path, help="a picture of your own, reduced to the model's size")
@@ -482,7 +489,7 @@ def main():
         images = square_picture(open_picture(args.image), channels, side)[None]
     else:
         wanted = args.data or ("auto" if path == SHIPPED else checkpoint["data"])
-        real = "cifar10" if kind == "nf" else "mnist"
+        real = "cifar10" if channels == 3 else "mnist"
         name, images, _ = load_dataset(wanted, args.data_dir, train=False, real=real)
         if images.shape[1:] != (channels, side, side):
             raise ValueError(f"{path} takes images of {channels} x {side} x {side}, and those of "

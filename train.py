@@ -5,7 +5,7 @@
     python train.py --model nf --parts field unet     # leave a part of the model out
     python train.py --model dae --noise salt_pepper --noise-param 0.4
     python train.py --model nf --data my_photos       # a folder of your own pictures
-    python train.py --model nf --resume               # go on where a stopped run was
+    python train.py --model nf --resume               # continue an interrupted run
     torchrun --standalone --nproc_per_node=2 train.py --model nf   # processes share every batch
     python train.py --model nf --bench                # images per second, where the time goes
 
@@ -62,8 +62,9 @@ def field_loss(model, images, schedule, pure_noise, order=None, rows=slice(None)
     x_0, T = split["output_values"], schedule.num_timesteps
     t = torch.randint(T - 1 if pure_noise else 0, T, (len(x_0),), device=x_0.device)
     x_t = schedule.q_sample(x_0, t, noise=torch.randn_like(x_0))
-    x_0_hat = model(x_t[rows], split["output_coords"][rows], t[rows], split["input_coords"][rows],
-                    split["input_values"][rows], pure_noise)
+    with mixed_precision(images.device):
+        x_0_hat = model(x_t[rows], split["output_coords"][rows], t[rows],
+                        split["input_coords"][rows], split["input_values"][rows], pure_noise)
     return F.mse_loss(x_0_hat, x_0[rows])
 
 
@@ -83,9 +84,8 @@ def train_field(model, optimizers, images, schedule, args, first=0, rows=slice(N
         batch, orders = images[index], (None, None)
         if args.masks == "fixed":
             orders = fixed_order(args.seed, index, images[0, 0].numel()).split(half)
-        with mixed_precision(images.device):
-            loss = (field_loss(model, batch[:half], schedule, True, orders[0], rows)
-                    + field_loss(model, batch[half:], schedule, False, orders[1], rows)) / 2
+        loss = (field_loss(model, batch[:half], schedule, True, orders[0], rows)
+                + field_loss(model, batch[half:], schedule, False, orders[1], rows)) / 2
         model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -133,14 +133,14 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimizers(model, args):
     """AdamW; for small and medium fields Muon for the matrices and kernels, AdamW for the rest."""
-    named, decay = dict(model.named_parameters()), 0.01 if args.model == "nf" else 0.0
-    matrices, rest, adam_lr = [], list(named.values()), args.lr
-    if args.model == "nf" and args.size != "full":
-        special = ("latents", "marker", "to_values.weight", "unet.first.weight")
-        is_matrix = {name: p.dim() > 1 and not name.endswith(special) for name, p in named.items()}
-        matrices = [p for name, p in named.items() if is_matrix[name]]
-        rest = [p for name, p in named.items() if not is_matrix[name]]
-        adam_lr = 0.15 * args.lr
+    muon = args.model == "nf" and args.size != "full"
+    others = ("latents", "marker", "to_values.weight", "unet.first.weight")  # in- and outputs
+    matrices, rest = [], []
+    for name, p in model.named_parameters():
+        is_matrix = muon and p.dim() > 1 and not name.endswith(others)
+        (matrices if is_matrix else rest).append(p)
+    adam_lr = 0.15 * args.lr if muon else args.lr
+    decay = 0.01 if args.model == "nf" else 0.0
     optimizers = [Muon(matrices, args.lr)] if matrices else []
     if rest:
         optimizers.append(torch.optim.AdamW(rest, adam_lr, weight_decay=decay, fused=True))
@@ -151,7 +151,7 @@ def make_optimizers(model, args):
 
 # --------------------------------------------------------------------------------- command line
 
-RECIPES = {  # defaults of --batch-size, --lr (of Muon; AdamW for full and ae), --steps or --epochs
+RECIPES = {  # --lr is Muon's (AdamW gets 0.15 of it); full and the autoencoders have AdamW alone
     "small": dict(batch_size=32, lr=0.02, steps=1250),
     "medium": dict(batch_size=32, lr=0.02, steps=5000),
     "full": dict(batch_size=64, lr=1e-4, epochs=100),
@@ -170,13 +170,14 @@ def parse_arguments():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", choices=["nf", "dae", "ae"], default="nf")
-    add("--size", choices=list(SIZES), default="small", help="of nf")
-    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="of nf")
-    add("--masks", choices=["fresh", "fixed"], default="fresh", help="of nf: fixed is one an image")
+    add("--size", choices=list(SIZES), default="small", help="nf only")
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="nf only")
+    add("--masks", choices=["fresh", "fixed"], default="fresh",
+        help="nf only; fixed: each image keeps its mask")
     add("--beta-schedule", choices=["cosine", "linear"], default="cosine", help="of nf")
-    add("--timesteps", type=positive, default=1000, help="of nf: T, length of the diffusion")
-    add("--noise", choices=[*NOISES, "mixed"], default="gaussian", help="of dae")
-    add("--noise-param", type=float, help="of dae: strength (default 0.3, salt_pepper 0.2)")
+    add("--timesteps", type=positive, default=1000, help="nf only: T, length of the diffusion")
+    add("--noise", choices=[*NOISES, "mixed"], default="gaussian", help="dae only")
+    add("--noise-param", type=float, help="dae only (default 0.3, salt_pepper 0.2)")
     add("--data", default="auto",
         help="auto, cifar10, mnist, leaves, glyphs or a folder of pictures")
     add("--data-dir", type=Path, default=Path("data"), help="where data sets are")
@@ -187,10 +188,11 @@ def parse_arguments():
     add("--batch-size", type=positive)
     add("--lr", type=float, help="peak learning rate")
     add("--seed", type=int, default=42)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # under torchrun a GPU for each process
+    add("--device", default=cuda if torch.cuda.is_available() else "cpu")
     add("--resume", action="store_true", help="go on from the checkpoint below --out")
     add("--save-every", type=positive, default=500, help="steps between checkpoints")
-    add("--evaluate", type=positive, default=200, help="of nf: images in the closing table")
+    add("--evaluate", type=positive, default=200, help="nf only: images in the closing table")
     add("--bench", action="store_true", help="measure the speed of training instead")
     args = parser.parse_args()
     args.device = pick_device(args.device)
@@ -200,7 +202,8 @@ def parse_arguments():
     if args.steps or args.epochs:
         recipe |= dict(steps=args.steps, epochs=args.epochs)
     for name in ("batch_size", "lr", "steps", "epochs"):
-        setattr(args, name, getattr(args, name) or recipe.get(name))
+        if getattr(args, name) is None:
+            setattr(args, name, recipe.get(name))
     if args.model != "dae":
         args.noise_text = "clean"
     elif args.noise == "mixed":
@@ -240,41 +243,33 @@ def build(args, images):
     return model.to(args.device), schedule, config, settings
 
 
-def bench(model, optimizers, images, schedule, args):
-    """Print images per second of whole steps, their parts, and the share of the matmul rate."""
-    def draw():
-        return images[torch.randint(len(images), (args.batch_size,), device=images.device)]
+def bench(loop, loss, model, optimizers, args):
+    """Print images per second of the loop's own steps, their parts, the share of the matmul rate.
 
-    def forward():
-        if args.model == "nf":
-            half = args.batch_size // 2
-            return (field_loss(model, batch[:half], schedule, True)
-                    + field_loss(model, batch[half:], schedule, False)) / 2
-        return F.mse_loss(model(batch.flatten(1) / 255)[0], batch.flatten(1) / 255)
-
-    def optimise():
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-
+    loss: a function without arguments, the loss of one batch as the loop computes it.
+    """
     def seconds(work):  # median, of GPUs synchronised
         timer = Timer("work()", globals=dict(work=work), num_threads=torch.get_num_threads())
         return timer.blocked_autorange(min_run_time=0.5).median
 
-    batch, matrix = draw(), torch.rand(2048, 2048, device=args.device)
-    both = lambda: forward().backward()
-    both()
+    def both():
+        model.zero_grad()
+        loss().backward()
+
+    next(loop)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         both()
-    parts = dict(draw=seconds(draw), forward=seconds(forward), optimiser=seconds(optimise))
-    both_seconds = seconds(both)
-    parts["backward"] = both_seconds - parts["forward"]
-    step, flops = sum(parts.values()), counter.get_total_flops()
-    rate = 2 * 2048**3 / seconds(lambda: matrix @ matrix)
-    print(f"whole step {1e3 * step:.1f} ms, {args.batch_size / step:.1f} images/s: "
-          + ", ".join(f"{name} {value / step:.1%}" for name, value in parts.items()))
+    whole, forward, forward_backward = (seconds(f) for f in (lambda: next(loop), loss, both))
+    parts = dict(forward=forward, backward=forward_backward - forward,
+                 optimiser=seconds(lambda: [optimizer.step() for optimizer in optimizers]))
+    parts["data and the rest"] = whole - sum(parts.values())
+    matrix, flops = torch.rand(2048, 2048, device=args.device), counter.get_total_flops()
+    with mixed_precision(args.device):
+        rate = 2 * 2048**3 / seconds(lambda: matrix @ matrix)
+    print(f"whole step {1e3 * whole:.1f} ms, {args.batch_size / whole:.1f} images/s: "
+          + ", ".join(f"{name} {value / whole:.1%}" for name, value in parts.items()))
     print(f"forward and backward {flops / args.batch_size / 1e9:.3f} GFLOP an image, "
-          f"{flops / both_seconds / rate:.0%} of the matmul rate ({rate / 1e9:.0f} GFLOP/s)")
+          f"{flops / forward_backward / rate:.0%} of the matmul rate ({rate / 1e9:.0f} GFLOP/s)")
 
 
 def resume(path, model, optimizers, losses, settings):
@@ -314,7 +309,7 @@ def finish(args, model, schedule, losses, tests, tests_name, images, name):
 
 
 def draw_losses(folder, losses, tests, tests_name, title):
-    """loss.csv, and loss.png: the training loss and what was measured on test images meanwhile."""
+    """loss.csv, and loss.png: the training loss and the test metric during training."""
     with open(folder / "loss.csv", "w", newline="") as file:
         csv.writer(file).writerows([("step", "loss"), *enumerate(losses, 1)])
     width = max(1, len(losses) // 100)  # each point is the mean of a hundredth of the run
@@ -338,7 +333,6 @@ def main():
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if world > 1:
         if args.device.type == "cuda":
-            args.device = torch.device("cuda", local)
             torch.cuda.set_device(args.device)
         torch.distributed.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
         if rank:
@@ -373,13 +367,13 @@ def main():
     print(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters | {name}: "
           f"{len(images):,} images | batch {args.batch_size}, {args.steps:,} steps, lr {args.lr:g}"
           f" | {args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    if args.bench:
-        return bench(model, optimizers, images, schedule, args)
 
     # The loop itself is train_field or train_autoencoder.
     trained, shard = model, slice(rank, None, world)
-    if world > 1:  # averages the gradients of all processes during backward()
+    if world > 1 and args.steps:  # averages the gradients of all processes during backward()
         trained = DistributedDataParallel(model, broadcast_buffers=False)
+    if args.bench:
+        args.steps = 10**7 if args.steps else 0
     if args.model == "nf":
         loop = train_field(trained, optimizers, images, schedule, args, first, shard)
         measure = lambda: one_step_psnr(model, schedule, test_images[:100])
@@ -390,6 +384,17 @@ def main():
                                  args.steps, args.batch_size, args.lr, args.seed, first, shard)
         measure = lambda: [test_error(model, test_images[:1000], corrupt)]
         every, tests_name = max(1, len(images) // args.batch_size), "test MSE"
+    if args.bench:
+        if args.steps == 0:
+            raise ValueError("--parts field has no weights: there is nothing to time")
+        if args.model == "nf":
+            half = images[:args.batch_size // 2]
+            loss = lambda: (field_loss(model, half, schedule, True)
+                            + field_loss(model, half, schedule, False)) / 2
+        else:
+            clean = images[:args.batch_size].flatten(1).float() / 255
+            loss = lambda: F.mse_loss(model(clean)[0], clean)
+        return bench(loop, loss, model, optimizers, args)
 
     def save(step):
         if rank == 0:
@@ -416,7 +421,7 @@ def main():
             finite = all(bool(p.isfinite().all()) for p in model.parameters())
             if not (finite and math.isfinite(recent)):
                 raise ValueError(f"the loss or a weight is no longer finite at step {step:,}: use "
-                                 f"a lower --lr; {path} is that of an earlier step, if any")
+                                 f"a lower --lr; {path} is from an earlier step, if there is one")
             rate = (step - first) / (shown - start)
             measured = f"{tests_name} {tests[-1][1]:.4g}  " if tests else ""
             line = (f"step {step:,} of {args.steps:,}  loss {recent:.5f}  {measured}"
@@ -447,5 +452,7 @@ if __name__ == "__main__":
         sys.exit(f"error: {problem}")
     except torch.OutOfMemoryError:
         sys.exit("error: out of memory: use a smaller --batch-size")
+    except torch.linalg.LinAlgError as problem:  # the covariance of too few images
+        sys.exit(f"error: {problem}")
     except KeyboardInterrupt:
         sys.exit(130)
