@@ -238,7 +238,7 @@ class GaussianField(nn.Module):
         posterior_cov = pick(rows_out, output_indices) - L_inv_K.mT @ L_inv_K     # eq. 2.26
         channels = x_t.shape[2]
         system = (alpha_bar * posterior_cov)[:, None].repeat(1, channels, 1, 1)
-        noise = ((1 - alpha_bar) / variance).clamp(min=1e-4)                 # (B, 1, C)
+        noise = (1 - alpha_bar) / variance                                   # (B, 1, C)
         system.diagonal(dim1=2, dim2=3).add_(noise.mT)                       # (B, C, N_out, N_out)
         at_outputs = output_indices[:, :, None].expand(-1, -1, channels)
         innovation = x_t - alpha_bar.sqrt() * posterior_mean.gather(1, at_outputs)
