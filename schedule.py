@@ -181,8 +181,8 @@ def line_chart(title, curves, size=(460, 320), log_y=False):
     for i in range(5):
         x, y = x_low + i / 4 * x_span, y_low + i / 4 * y_span
         draw.line([place(x_low, y), place(x_low + x_span, y)], fill="#e4e4e4")
-        label = f"{10**y if log_y else y:.4g}"
-        draw.text((left - 6, place(x, y)[1]), label, fill="#444", font=font, anchor="rm")
+        value = 10**y if log_y else y if abs(y) > 1e-3 * y_span else 0
+        draw.text((left - 6, place(x, y)[1]), f"{value:.4g}", fill="#444", font=font, anchor="rm")
         draw.text((place(x, y)[0], height - bottom + 6), f"{x:.4g}", fill="#444", font=font,
                   anchor="ma")
     for i, (label, curve) in enumerate(points.items()):
