@@ -458,8 +458,8 @@ def parse_arguments():
                                    ("steps", 1 if args.steps is None else args.steps, 1, 10**6)):
         if not low <= value <= high:
             parser.error(f"--{flag} must be between {low} and {high}, got {value}")
-    if args.sampler == "ddpm" and (args.steps or args.samples):
-        parser.error("--steps and --samples are for DDIM; DDPM takes all timesteps")
+    if args.sampler == "ddpm" and (args.steps or args.samples or args.eta):
+        parser.error("--steps, --samples and --eta are for DDIM; DDPM takes all timesteps")
     return args
 
 

@@ -1878,10 +1878,12 @@ def test_bad_input_gets_one_line_and_an_exit_code():
                 "--model nope", "--steps 0", "--steps -1", "--steps x", "--epochs 0", "--lr nan",
                 "--lr 0", "--steps 5 --epochs 5", "--seed -1", "--parts nose", "--parts",
                 "--batch-size 0", "--save-every 0", "--evaluate 0", "--timesteps -5",
-                "--size huge", "--steps 99999999999", "--noise fog", "--masks odd")),
+                "--size huge", "--model dae --noise mixed --noise-param 1", "--steps 99999999999",
+                "--noise fog", "--masks odd")),
             *((sample, flag) for flag in (
                 "--eta 2", "--eta nan", "--scale 0", "--scale 17", "--seed -1", "--evaluate 0",
-                "--samples 1", "--sampler ddpm --steps 5", "--sampler ddpm --samples 2")),
+                "--samples 1", "--sampler ddpm --eta 1", "--sampler ddpm --steps 5",
+                "--sampler ddpm --samples 2")),
             (autoencoder, "--seeds 0"), (autoencoder, "--epochs 0"), (noise, "--nope"),
             (autoencoder, "--exercise nope"), (data, "--seed x")]
         for expected, lines in ((1, refused), (2, wrong)):

@@ -207,6 +207,8 @@ def parse_arguments():
     if args.model != "dae":
         args.noise_text = "clean"
     elif args.noise == "mixed":
+        if args.noise_param is not None:
+            parser.error("--noise-param: mixed noise has strengths of its own")
         args.noise_text = "mixed"
     else:
         strength = NOISES[args.noise][1] if args.noise_param is None else args.noise_param
