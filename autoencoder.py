@@ -66,7 +66,7 @@ class DenoisingAutoencoder(nn.Module):
     def encode(self, x):
         """Images (B, ...) in [0, 1] -> latent (B, latent_dim). Raises ValueError for a size."""
         if x.flatten(1).shape[1] != self.input_dim:
-            raise ValueError(f"the autoencoder takes {self.input_dim} values an image, got shape "
+            raise ValueError(f"the autoencoder takes {self.input_dim} values per image, got shape "
                              f"{tuple(x.shape)}")
         return self.encoder(x.flatten(1))
 

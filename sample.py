@@ -341,7 +341,7 @@ def report_field(model, schedule, images, folder, name, seed=0, samples=None, sc
         options = {name: value for name, value in options.items()
                    if name in ("input_ratio", "num_steps", "eta")}
         results["samples"] = evaluate_samples(model, schedule, images, samples, seed, **options)
-        print("{samples} samples an image: {coverage:.1%} of the true values in the central 90%, "
+        print("{samples} samples per image: {coverage:.1%} of the true values in the central 90%, "
               "standard deviation {spread:.4f}, PSNR of their mean {psnr_mean:.2f} dB"
               .format(samples=samples, **results["samples"]))
         pictures["spread.png"] = draw_spread(model, schedule, few[:4], order, generator,

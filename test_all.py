@@ -17,7 +17,6 @@ import re
 import shlex
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import tarfile
@@ -524,13 +523,13 @@ def test_a_folder_of_pictures_is_split_by_their_names():
             Image.new("RGB", (9, 5), (i, 7, 255 - i)).save(root / "a" / name)
         for name in ("notes.txt", "sub/broken.png"):
             (root / "a" / name).write_text("x")
-        for place, train in (("a", True), ("a", False), ("b", False)):
+        for place, for_training in (("a", True), ("a", False), ("b", False)):
             (root / "a").rename(root / place)
             with contextlib.redirect_stdout(io.StringIO()) as said:
-                name, images, labels = data.load_dataset(str(root / place), root, train)
+                name, images, labels = data.load_dataset(str(root / place), root, for_training)
             assert said.getvalue().count("\n") == 1 and "2 of 202" in said.getvalue()
             assert name == str(root / place) and images.shape == (len(labels), 3, 32, 32)
-            right = sorted(set(range(200)) - set(in_test)) if train else in_test
+            right = sorted(set(range(200)) - set(in_test)) if for_training else in_test
             assert sorted(images[:, 0, 0, 0].tolist()) == right
         grey = data.load_dataset(str(root / "b"), root, True, real="mnist")[1]
         assert grey.shape == (200 - len(in_test), 1, 28, 28) and grey.dtype == torch.uint8
@@ -1417,8 +1416,7 @@ def test_three_steps_of_the_field_written_out():
 
 
 def test_gradients_are_clipped():
-    sched, kept = schedule.DiffusionSchedule(), []
-    model = tiny_field(("unet",))
+    sched, model = schedule.DiffusionSchedule(), tiny_field(("unet",))
     with torch.no_grad():
         model.unet_to_values.weight.mul_(1e4)  # an enormous gradient
     optimizer = torch.optim.SGD(model.parameters(), 1.0)
@@ -1878,7 +1876,8 @@ def test_bad_input_gets_one_line_and_an_exit_code():
                 "--model nope", "--steps 0", "--steps -1", "--steps x", "--epochs 0", "--lr nan",
                 "--lr 0", "--steps 5 --epochs 5", "--seed -1", "--parts nose", "--parts",
                 "--batch-size 0", "--save-every 0", "--evaluate 0", "--timesteps -5",
-                "--size huge", "--model dae --noise mixed --noise-param 1", "--steps 99999999999",
+                "--size huge", "--model dae --noise mixed --noise-param 1",
+                "--model ae --noise-param 1", "--steps 99999999999",
                 "--noise fog", "--masks odd")),
             *((sample, flag) for flag in (
                 "--eta 2", "--eta nan", "--scale 0", "--scale 17", "--seed -1", "--evaluate 0",

@@ -204,11 +204,11 @@ def parse_arguments():
     for name in ("batch_size", "lr", "steps", "epochs"):
         if getattr(args, name) is None:
             setattr(args, name, recipe.get(name))
+    if args.noise_param is not None and (args.model != "dae" or args.noise == "mixed"):
+        parser.error("--noise-param is for --model dae with a noise other than mixed")
     if args.model != "dae":
         args.noise_text = "clean"
     elif args.noise == "mixed":
-        if args.noise_param is not None:
-            parser.error("--noise-param: mixed noise has strengths of its own")
         args.noise_text = "mixed"
     else:
         strength = NOISES[args.noise][1] if args.noise_param is None else args.noise_param
@@ -270,7 +270,7 @@ def bench(loop, loss, model, optimizers, args):
         rate = 2 * 2048**3 / seconds(lambda: matrix @ matrix)
     print(f"whole step {1e3 * whole:.1f} ms, {args.batch_size / whole:.1f} images/s: "
           + ", ".join(f"{name} {value / whole:.1%}" for name, value in parts.items()))
-    print(f"forward and backward {flops / args.batch_size / 1e9:.3f} GFLOP an image, "
+    print(f"forward and backward {flops / args.batch_size / 1e9:.3f} GFLOP per image, "
           f"{flops / forward_backward / rate:.0%} of the matmul rate ({rate / 1e9:.0f} GFLOP/s)")
 
 
