@@ -38,8 +38,8 @@ PARTS = ("field", "unet", "perceiver")
 SIZES = {  # --size; "full" has the Perceiver IO of the original design
     "small": dict(widths=(48, 96, 128), num_latents=16, latent_dim=32, num_fourier_feats=16,
                   num_blocks=1, num_heads=2, dropout=0.0),
-    "medium": dict(widths=(64, 128, 192), num_latents=32, latent_dim=64, num_fourier_feats=32,
-                   num_blocks=2, num_heads=2, dropout=0.0),
+    "medium": dict(widths=(64, 128, 192), num_latents=16, latent_dim=32, num_fourier_feats=16,
+                   num_blocks=1, num_heads=2, dropout=0.0),
     "full": dict(widths=(96, 192, 384), num_latents=512, latent_dim=512, num_fourier_feats=256,
                  num_blocks=6, num_heads=8, dropout=0.1),
 }

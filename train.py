@@ -1,7 +1,7 @@
 """Train the neural field (nf), the denoising autoencoder (dae), or its control without noise (ae).
 
     python train.py --model nf                        # 2 CPU cores: minutes; a GPU: 20,000 steps
-    python train.py --model nf --size medium --steps 5000          # a wider U-Net for an hour
+    python train.py --model nf --size medium                # a wider U-Net, for an hour
     python train.py --model nf --parts field unet     # leave a part of the model out
     python train.py --model dae --noise salt_pepper --noise-param 0.4
     python train.py --model nf --data my_photos       # a folder of your own pictures
@@ -153,7 +153,7 @@ def make_optimizers(model, args):
 
 RECIPES = {  # --lr is Muon's (AdamW gets 0.15 of it); full and the autoencoders have AdamW alone
     "small": dict(batch_size=32, lr=0.02, steps=1250),
-    "medium": dict(batch_size=32, lr=0.02, steps=5000),
+    "medium": dict(batch_size=32, lr=0.02, steps=4000),
     "full": dict(batch_size=64, lr=1e-4, epochs=100),
     "ae": dict(batch_size=512, lr=6e-3, epochs=10),
 }
