@@ -1,11 +1,13 @@
 """Use a trained neural field: sample from it, measure it beside classical methods, draw it.
 
     python sample.py                                  # newest checkpoint below out/, or shipped
+    python sample.py --image photo.jpg                # restore a photograph from 20% of its pixels
+    python sample.py --image damaged.png --mask mask.png      # white pixels of the mask: missing
+    python sample.py --image small.png --upscale 2
     python sample.py out/nf/checkpoint.pt --evaluate  # 1,000 test images: MSE, MAE, PSNR, SSIM
     python sample.py --sampler ddim --steps 20 --eta 1        # --sampler ddpm takes all timesteps
     python sample.py --full --gif                     # all missing pixels as one sample; animation
     python sample.py --scale 4                        # the field on a grid four times as fine
-    python sample.py --image photo.png --input-ratio 0.1
     python sample.py --evaluate 20 --samples 32       # are the samples calibrated?
 
 Two answers are shown. The one-step mean is the prediction at t = T - 1 from pure noise, an
@@ -24,12 +26,14 @@ import time
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 
 from autoencoder import DenoisingAutoencoder, report_autoencoder
 from data import (fixed_order, heat, image_grid, load_dataset, open_picture, scatter_pixels,
-                  sparse_split, square_picture)
+                  sparse_split)
 from nf_denoiser import GaussianField, NFDenoiser, exponential_covariance
 from schedule import DiffusionSchedule
 
@@ -98,20 +102,21 @@ def randn(coords, values, generator):
 # -------------------------------------------------------------------- classical methods, metrics
 
 
-def nearest_pixel(output_coords, input_coords, input_values):
-    """The value of the nearest input pixel: (B, N, 2), (B, N_in, 2), (B, N_in, C) -> (B, N, C)."""
-    index = torch.cdist(output_coords, input_coords).argmin(dim=2, keepdim=True)
-    return input_values.gather(1, index.expand(-1, -1, input_values.shape[-1]))
+def nearest(split):
+    """The value of the nearest input pixel, for a sparse_split's outputs: (B, N, C)."""
+    index = torch.cdist(split["output_coords"], split["input_coords"]).argmin(2, keepdim=True)
+    return split["input_values"].gather(1, index.expand(-1, -1, split["input_values"].shape[2]))
 
 
-def inverse_distance(output_coords, input_coords, input_values, power=4):
-    """Mean of the input pixels weighted by distance^-power (Shepard, 1968). Shapes as above."""
-    weights = torch.cdist(output_coords, input_coords).clamp(min=1e-6) ** -power
-    return weights / weights.sum(dim=2, keepdim=True) @ input_values
+def inverse_distance(split, power=4):
+    """Mean of the input pixels weighted by distance^-power (Shepard, 1968): (B, N, C)."""
+    distance = torch.cdist(split["output_coords"], split["input_coords"]).clamp(min=1e-6)
+    weights = distance**-power
+    return weights / weights.sum(dim=2, keepdim=True) @ split["input_values"]
 
 
 def kriging(split):
-    """Mean of a Gaussian field with exponential covariance given a split's inputs: (B, N, C)."""
+    """Mean of a Gaussian field with exponential covariance, given the inputs: (B, N, C)."""
     covariance = exponential_covariance(split["full_image"].shape[-1])
     field = GaussianField(covariance.to(split["input_values"].device))
     image, _ = field(split["input_indices"], split["input_values"])
@@ -176,8 +181,8 @@ def reconstruct(model, schedule, images, order, input_ratio=0.2, full=False, sam
         "one-step mean": one_step_mean(model, schedule, split["output_coords"], *given, generator),
         "sample": sample,
         "kriging": kriging(split),
-        "inverse distance": inverse_distance(split["output_coords"], *given),
-        "nearest": nearest_pixel(split["output_coords"], *given),
+        "inverse distance": inverse_distance(split),
+        "nearest": nearest(split),
     }
     return split, n_out, answers
 
@@ -357,6 +362,152 @@ def report_field(model, schedule, images, folder, name, seed=0, samples=None, sc
     return results
 
 
+# ----------------------------------------------------------------------------------- photographs
+
+
+@torch.no_grad()
+def restore(image, known, answer, side=32, stride=16):
+    """Fill the missing pixels of a picture of any size, in overlapping windows.
+
+    image: (C, H, W) in [-1, 1]. known: bool (H, W), the given pixels. answer(split) -> (B, N, C):
+    values for the outputs of a sparse_split of windows, such as kriging. Where windows overlap,
+    their answers are averaged with the weight sin^2, which falls to 0 towards a window's edge.
+    A window waits if it has few given pixels, less than a quarter of those of the best unfinished
+    window; what the others restore is then given to it. So a hole is filled from its rim.
+    Returns (C, H, W); the given pixels are unchanged. Raises ValueError if no pixel is given.
+    """
+    if not known.any():
+        raise ValueError("no pixel of the picture is given: there is nothing to restore it from")
+    (channels, height, width), pixels = image.shape, side * side
+    # windows fit into side + k * stride pixels: mirror the picture at its right and lower edge
+    rows, columns = (np.pad(np.arange(n), (0, (side - n) if n < side else (side - n) % stride),
+                            "symmetric") for n in (height, width))
+    image, known = image[:, rows][:, :, columns], known[rows][:, columns]
+    ramp = torch.sin(math.pi * (torch.arange(side, device=image.device) + 0.5) / side) ** 2
+    weight = (ramp[:, None] * ramp).flatten()
+    while not known.all():
+        cut = lambda x: F.unfold(x[None], side, stride=stride)[0].view(len(x), pixels, -1)
+        windows = cut(image).permute(2, 0, 1).unflatten(2, (side, side))     # (L, C, side, side)
+        missing = 1 - cut(known[None].float())[0].T                          # (L, pixels)
+        counts = pixels - missing.sum(1)
+        counts[counts == pixels] = 0  # complete: nothing to do
+        ready = counts >= max(1, counts.max() / 4)
+        blend = image.new_zeros(len(windows), channels + 1, pixels)
+        for count in counts[ready].unique().tolist():
+            for index in (counts == count).nonzero()[:, 0].split(16):
+                split = sparse_split(windows[index], (count + 0.5) / pixels, None,
+                                     order=missing[index])
+                blend[index, :channels] = assemble(split, answer(split)).flatten(2) * weight
+                blend[index, channels] = weight
+        blend = F.fold(blend.flatten(1).T[None], known.shape, side, stride=stride)[0]
+        filled = ~known & (blend[-1] > 0)
+        image = torch.where(filled, blend[:-1] / blend[-1].clamp(min=1e-12), image)
+        known = known | filled
+    return image[:, :height, :width]
+
+
+def picture_problem(path, channels, mask=None, input_ratio=0.2, upscale=1, seed=0):
+    """A picture with missing pixels: (image uint8 (C, H, W), known bool (H, W), has_truth).
+
+    Missing are the white pixels of the picture `mask`, else the transparent ones, else, if the
+    picture is complete (has_truth), all but input_ratio of its pixels, drawn with `seed`.
+    upscale: its pixels are every second (third, ...) one of a larger picture. A longest side
+    above 1,024 is reduced, with a notice. Raises ValueError for files that cannot be used.
+    """
+    picture = open_picture(path)
+    missing = ImageOps.invert(picture.convert("RGBA").getchannel("A"))
+    if mask:
+        missing = open_picture(mask).convert("L")
+        if missing.size != picture.size:
+            raise ValueError(f"{mask} has {missing.size} pixels and {path} {picture.size}: they "
+                             f"must have the same size")
+    complete = missing.getextrema()[1] < 128
+    if mask and complete:
+        raise ValueError(f"{mask} has no white pixel: nothing is missing")
+    longest = 1024 // upscale
+    if max(picture.size) > longest:
+        print(f"notice: {path} is reduced to {longest} pixels on its longest side")
+        # next to missing pixels an average would be wrong: take the nearest pixel
+        how = Image.Resampling.LANCZOS if complete else Image.Resampling.NEAREST
+        picture.thumbnail((longest, longest), how)
+        missing.thumbnail((longest, longest), Image.Resampling.NEAREST)
+    width, height = (upscale * n for n in picture.size)
+    pixels = np.array(picture.convert("L" if channels == 1 else "RGB"))
+    image = torch.zeros(channels, height, width, dtype=torch.uint8)
+    image[:, ::upscale, ::upscale] = torch.from_numpy(np.atleast_3d(pixels)).permute(2, 0, 1)
+    known = torch.zeros(height, width, dtype=torch.bool)
+    known[::upscale, ::upscale] = torch.from_numpy(np.array(missing) < 128)
+    has_truth = complete and upscale == 1
+    if has_truth:
+        order = torch.randperm(known.numel(), generator=torch.Generator().manual_seed(seed))
+        known = (order < input_ratio * known.numel()).view(height, width)
+    return image, known, has_truth
+
+
+def report_picture(model, schedule, image, known, has_truth, folder, sampler=None, seed=0,
+                   **options):
+    """Restore a picture, print a table, write restored.png and comparison.png to the folder.
+
+    image, known, has_truth: of picture_problem. sampler: "ddim" for a sample, None for the
+    one-step mean. options: num_steps, eta. Returns {method: {"psnr"}}, over the missing pixels;
+    None without truth.
+    """
+    device, channels = schedule.betas.device, len(image)
+    truth, known = image.to(device).float() / 127.5 - 1, known.to(device)
+    given = truth * known
+
+    def whole(x_t, coords, t, input_coords, input_values, pure_noise=False):
+        """The model with all missing pixels of the picture as outputs: x_t, x_0_hat (1, N, C).
+
+        The windows share x_t, and their predictions are blended before each step of a sampler.
+        """
+        def answer(split):
+            return model(split["output_values"], split["output_coords"],
+                         t.expand(len(split["full_image"])), split["input_coords"],
+                         split["input_values"], pure_noise)
+
+        noisy = given.clone()
+        noisy[:, ~known] = x_t[0].T
+        return restore(noisy, known, answer, model.side)[:, ~known].T[None]
+
+    def network():
+        missing = torch.zeros(1, int((~known).sum()), 2), None, given.new_zeros(1, 0, channels)
+        generator, picture = torch.Generator().manual_seed(seed), given.clone()
+        if sampler is None:
+            x_0 = one_step_mean(whole, schedule, *missing, generator)
+        else:
+            x_0 = ddim_sample(whole, schedule, *missing, generator=generator, **options,
+                              on_step=lambda t, *_: print(f"t = {t}", flush=True))
+        picture[:, ~known] = x_0[0].T.clamp(-1, 1)
+        return picture
+
+    methods = {"nearest": lambda: restore(given, known, nearest, model.side),
+               "kriging": lambda: restore(given, known, kriging, model.side),
+               "sample" if sampler else "one-step mean": network}
+    results, row, captions = {}, [given], [f"{known.float().mean():.0%} of the pixels"]
+    for name, method in methods.items():
+        start = time.time()
+        row.append(method())
+        value = psnr(((row[-1] - truth)[:, ~known] / 2).square().mean().item())
+        results[name] = dict(psnr=value if has_truth else None)
+        captions.append(f"{value:.2f} dB" if has_truth else "")
+        print(f"{name:18}{captions[-1]:>10}{time.time() - start:8.1f} s", flush=True)
+    restored = ((row[-1] + 1) * 127.5).round().byte().cpu()
+    restored = torch.where(known.cpu(), image, restored).permute(1, 2, 0).expand(-1, -1, 3)
+    grey = bool((image == image[:1]).all())
+    restored = Image.fromarray(restored.numpy()).convert("L" if grey else "RGB")
+    if has_truth:
+        row.append(truth)
+        captions.append("")
+    comparison = image_grid([[x / 2 + 0.5 for x in row]], ["given", *methods, "truth"][:len(row)],
+                            captions=[captions], zoom=max(1, 256 // max(known.shape)))
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, picture in {"restored.png": restored, "comparison.png": comparison}.items():
+        picture.save(folder / file)
+        print(f"picture: {folder / file}")
+    return results
+
+
 # ----------------------------------------------------------------------------------- checkpoints
 
 
@@ -432,7 +583,7 @@ def parse_arguments():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("checkpoint", nargs="?", type=Path, help="default: the newest below --out, or the bundled")
-    add("--sampler", choices=["ddim", "ddpm"], default="ddim")
+    add("--sampler", choices=["ddim", "ddpm"], help="default ddim; of --image the one-step mean")
     add("--steps", type=int, help="of DDIM (default 50); DDPM takes all timesteps")
     add("--eta", type=float, default=0.0, help="randomness of DDIM, 0 to 1")
     add("--seed", type=int, default=0, help="of the masks and the noise")
@@ -440,7 +591,9 @@ def parse_arguments():
     add("--samples", type=int, metavar="K", help="draw K samples per image, measure their spread")
     add("--full", action="store_true", help="sample all missing pixels jointly")
     add("--scale", type=int, default=1, help="query a grid this many times as fine")
-    add("--image", type=Path, help="a picture of your own, reduced to the model's size")
+    add("--image", type=Path, help="restore this picture; missing: --mask, transparent or random")
+    add("--mask", type=Path, help="of --image, a picture of its size; white: missing")
+    add("--upscale", type=int, default=1, metavar="N", help="enlarge --image N times")
     add("--gif", action="store_true", help="animate the denoising")
     add("--evaluate", type=int, nargs="?", const=1000, default=6, metavar="N",
         help="measure on the first N test images (1,000 if N is left out)")
@@ -453,13 +606,21 @@ def parse_arguments():
     args = parser.parse_args()
     for flag, value, low, high in (("eta", args.eta, 0, 1), ("scale", args.scale, 1, 16),
                                    ("seed", args.seed, 0, 2**31 - 1),
+                                   ("upscale", args.upscale, 1, 8),
                                    ("samples", args.samples or 2, 2, 1000),
                                    ("evaluate", args.evaluate, 1, 10**6),
                                    ("steps", 1 if args.steps is None else args.steps, 1, 10**6)):
         if not low <= value <= high:
             parser.error(f"--{flag} must be between {low} and {high}, got {value}")
+    if not 0 < args.input_ratio < 1:
+        parser.error(f"--input-ratio must be between 0 and 1, got {args.input_ratio}")
     if args.sampler == "ddpm" and (args.steps or args.samples or args.eta):
         parser.error("--steps, --samples and --eta are for DDIM; DDPM takes all timesteps")
+    if (args.mask or args.upscale > 1) and not args.image:
+        parser.error("--mask and --upscale are for --image")
+    if args.image and (args.sampler == "ddpm" or args.samples or args.full or args.gif
+                       or args.scale > 1):
+        parser.error("--image does not go with --sampler ddpm, --samples, --full, --gif, --scale")
     return args
 
 
@@ -481,12 +642,18 @@ def main():
         save_checkpoint(args.export, small | dict(model=checkpoint["model"] | half))
         print(f"exported: {args.export}")
 
-    channels, side = 1, 28
+    folder, channels, side = args.out / kind, 1, 28
     if kind == "nf":
         channels, side = (checkpoint["config"][key] for key in ("input_channels", "side"))
+        schedule = DiffusionSchedule(**checkpoint["schedule"]).to(device)
+        sampling = dict(num_steps=min(args.steps or 50, schedule.num_timesteps), eta=args.eta)
     if args.image:
-        name = args.image.name
-        images = square_picture(open_picture(args.image), channels, side)[None]
+        if kind != "nf":
+            raise ValueError(f"--image needs a neural field, and {path} is an autoencoder")
+        name, problem = args.image.name, picture_problem(
+            args.image, channels, args.mask, args.input_ratio, args.upscale, args.seed)
+        results = report_picture(model, schedule, *problem, folder, args.sampler, args.seed,
+                                 **sampling)
     else:
         wanted = args.data or ("auto" if path == SHIPPED else checkpoint["data"])
         real = "cifar10" if channels == 3 else "mnist"
@@ -494,19 +661,17 @@ def main():
         if images.shape[1:] != (channels, side, side):
             raise ValueError(f"{path} takes images of {channels} x {side} x {side}, and those of "
                              f"{name} are {tuple(images.shape[1:])}")
-        images = images if kind != "nf" else images[:args.evaluate]
-    images, folder = images.to(device), args.out / kind
-    if kind == "nf":
-        schedule = DiffusionSchedule(**checkpoint["schedule"]).to(device)
-        results = report_field(model, schedule, images, folder, name, args.seed, args.samples,
-                               args.scale, args.gif, input_ratio=args.input_ratio, full=args.full,
-                               sampler=args.sampler, eta=args.eta,
-                               num_steps=args.steps or min(50, schedule.num_timesteps))
-    else:
-        results = report_autoencoder(model, images, folder, name, args.seed)
+        images = images.to(device)
+        if kind == "nf":
+            results = report_field(model, schedule, images[:args.evaluate], folder, name,
+                                   args.seed, args.samples, args.scale, args.gif,
+                                   input_ratio=args.input_ratio, full=args.full,
+                                   sampler=args.sampler or "ddim", **sampling)
+        else:
+            results = report_autoencoder(model, images, folder, name, args.seed)
     if args.json:
-        write_json(args.json, dict(checkpoint=str(path), data=name, images=len(images),
-                                   seed=args.seed, methods=results))
+        write_json(args.json, dict(checkpoint=str(path), data=name, seed=args.seed,
+                                   methods=results))
         print(f"figures: {args.json}")
     print(f"{time.time() - start:.0f} s on {device}")
 

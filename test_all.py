@@ -977,11 +977,13 @@ def test_psnr_and_ssim():
 def test_classical_methods():
     coords, values = torch.tensor([[[0.0, 0.0], [1.0, 0.0]]]), torch.tensor([[[1.0], [3.0]]])
     query = torch.tensor([[[0.2, 0.0], [0.9, 0.1], [0.5, 0.7]]])
-    close(sample.nearest_pixel(query, coords, values), [[[1.0], [3.0], [1.0]]], 0)
-    got = sample.inverse_distance(query, coords, values, power=2)
+    split = dict(output_coords=query, input_coords=coords, input_values=values)
+    close(sample.nearest(split), [[[1.0], [3.0], [1.0]]], 0)
+    got = sample.inverse_distance(split, power=2)
     close(got[0, 0], [(1 / 0.04 + 3 / 0.64) / (1 / 0.04 + 1 / 0.64)], 1e-5)
     close(got[0, 2], [2.0], 1e-5)
-    got = sample.inverse_distance(torch.cat([query, coords], 1), coords, values)  # power 4
+    split["output_coords"] = torch.cat([query, coords], 1)
+    got = sample.inverse_distance(split)  # power 4
     close(got[0, [0, 3, 4], 0], [(256 + 3) / (256 + 1), 1, 3], 1e-5)
     split = data.sparse_split(data.make_leaves(1, 3)[0], 0.1, None)
     grid = np.stack(np.divmod(np.arange(1024), 32)[::-1], 1) / 31
@@ -1010,10 +1012,9 @@ def test_every_column_of_the_table_worked_out_again():
     assert list(table) == ["one-step mean", "sample", "kriging", "inverse distance", "nearest"]
     order = data.fixed_order(3, torch.arange(5), 1024)
     split = data.sparse_split(images, 0.2, None, order=order)
-    where = split["output_coords"], split["input_coords"], split["input_values"]
-    answers = {"one-step mean": spy.answer(where[0]), "kriging": sample.kriging(split),
-               "nearest": sample.nearest_pixel(*where),
-               "inverse distance": sample.inverse_distance(*where)}
+    answers = {"one-step mean": spy.answer(split["output_coords"]),
+               "kriging": sample.kriging(split), "nearest": sample.nearest(split),
+               "inverse distance": sample.inverse_distance(split)}
     for name, values in answers.items():
         guess = (values.clamp(-1, 1).numpy() + 1) / 2
         truth = (split["output_values"].numpy() + 1) / 2
@@ -1804,19 +1805,109 @@ def test_a_fine_grid_is_not_transposed():
     assert field.std(0).mean() < 20
 
 
-def test_a_photo_of_your_own():
+def test_windows_are_blended_and_holes_filled_from_the_rim():
+    g = torch.Generator().manual_seed(0)
+    # Two windows side by side: sin^2 of the first falls where that of the second rises.
+    image, known, seen = torch.zeros(1, 32, 48), torch.rand(32, 48, generator=g) < 0.2, []
+
+    def answer(split):  # windows in the order of their number of given pixels
+        seen.append(split)
+        return torch.full((len(split["full_image"]), split["output_coords"].shape[1], 1),
+                          len(seen) / 4)
+
+    got = sample.restore(image, known, answer)
+    first = known[:, :32].sum() < known[:, 16:].sum()
+    left, right = (0.25, 0.5) if first else (0.5, 0.25)
+    column = np.arange(48)
+    weight_left = np.where(column < 32, np.sin(np.pi * (column + 0.5) / 32) ** 2, 0)
+    weight_right = np.where(column > 15, np.sin(np.pi * (column - 16 + 0.5) / 32) ** 2, 0)
+    mean = (left * weight_left + right * weight_right) / (weight_left + weight_right)
+    expected = torch.where(known, 0.0, torch.from_numpy(mean).float())
+    close(got[0], expected, 1e-5)
+    assert sorted(s["input_coords"].shape[1] for s in seen) == sorted(
+        [int(known[:, :32].sum()), int(known[:, 16:].sum())])
+    # One window is the answer itself; sizes that no number of windows fits; given pixels stay.
+    image = torch.rand(3, 32, 32, generator=g)
+    known = torch.rand(32, 32, generator=g) < 0.3
+    split = data.sparse_split(image[None], int(known.sum()) / 1024 + 1e-4, None,
+                              order=1 - known.flatten()[None].float())
+    close(sample.restore(image, known, sample.kriging),
+          sample.assemble(split, sample.kriging(split))[0], 1e-6)
+    for height, width in ((1, 2), (20, 70), (33, 31)):
+        image = torch.rand(3, height, width, generator=g)
+        known = torch.rand(height, width, generator=g) < 0.3
+        known[0, 0], known[0, 1] = True, False
+        got = sample.restore(image, known, lambda s: s["output_values"] * 0 + 0.5)
+        assert torch.equal(got[:, known], image[:, known])
+        close(got[:, ~known], 0.5 * torch.ones(3, int((~known).sum())), 1e-6)
+    # A hole larger than two windows: the first answers come from windows that reach its rim, and
+    # the next pass is given what they restored. No window without a given pixel is asked.
+    known, counts = torch.ones(128, 128, dtype=torch.bool), []
+    known[20:110, 20:110] = False
+    image = torch.where(known, 0.25, -9.0).expand(3, -1, -1)
+
+    def mean_of_given(split):
+        counts.append(split["input_values"].shape[1])
+        assert (split["input_values"] > -1).all()
+        return split["input_values"].mean(1, keepdim=True).expand_as(split["output_values"])
+
+    close(sample.restore(image, known, mean_of_given), torch.full((3, 128, 128), 0.25), 1e-5)
+    assert min(counts) >= 200, counts
+    raises(ValueError, lambda: sample.restore(image, known & False, mean_of_given), "no pixel")
+
+
+def test_a_photograph_of_your_own():
     with folder() as root:
-        image = Image.new("RGB", (90, 60), "black")
-        image.paste("white", (0, 0, 45, 60))  # the left half
+        photo = np.zeros((60, 90, 3), np.uint8)
+        photo[:, :45] = 255, 200, 40
         exif = Image.Exif()
-        exif[0x0112] = 6  # to be shown turned right by 90 degrees: the white half comes to the top
-        image.save(root / "photo.jpg", exif=exif)
-        code, out, err = run(sample, f"{sample.SHIPPED} --image {root}/photo.jpg --steps 2 "
-                                     f"--full --out {root}/out")
-        assert code == 0 and "820 measured" in out, err
-        truth = np.asarray(Image.open(root / "out/nf/samples.png").convert("L"))
-        truth = truth[24:24 + 128, 12 + 4 * 134:12 + 4 * 134 + 128].astype(float)
-        assert truth[5:40].mean() > 220 and truth[-40:-5].mean() < 35
+        exif[0x0112] = 6  # to be shown turned right by 90 degrees: the left half comes to the top
+        Image.fromarray(photo).save(root / "photo.jpg", exif=exif, quality=100, subsampling=0)
+
+        def restored(flags):
+            code, out, err = run(sample, f"{sample.SHIPPED} --out {root}/out --image {root}/{flags}")
+            assert code == 0, err
+            return out, np.asarray(Image.open(root / "out/nf/restored.png")).astype(int)
+
+        out, image = restored("photo.jpg --input-ratio 0.5")
+        assert image.shape == (90, 60, 3) and out.count(" dB") == 3
+        assert abs(image[:35] - (255, 200, 40)).max() < 40 and image[-35:].max() < 40
+        truth = data.open_picture(root / "photo.jpg")
+        assert (image == np.asarray(truth)).all(2).mean() > 0.5  # the given ones, bit by bit
+        assert (image == restored("photo.jpg --input-ratio 0.5")[1]).all()  # the seed is fixed
+        again = restored("photo.jpg --input-ratio 0.5 --sampler ddim --steps 2")[1]
+        assert again.shape == image.shape and (again != image).any()
+        # Transparent pixels are missing, and so are white ones of a mask: same result.
+        mask = np.zeros((60, 90), np.uint8)
+        mask[20:30, 30:60] = 255
+        Image.fromarray(mask).save(root / "mask.png")
+        Image.fromarray(np.dstack([photo, 255 - mask])).save(root / "holes.png")
+        Image.fromarray(np.where(mask[..., None] > 0, 7, photo).astype("u1")).save(root / "a.png")
+        out, image = restored("holes.png")
+        assert " dB" not in out and (image == photo)[mask == 0].all()
+        assert (image == restored(f"a.png --mask {root}/mask.png")[1]).all()
+        assert abs(image - photo)[20:30, 30:40].max() < 60  # 7 was not used
+        # Grey stays grey; every second pixel of an enlarged picture is the picture.
+        grey = data.make_glyphs(1, 0)[0][0, 0].numpy()
+        Image.fromarray(grey).save(root / "grey.png")
+        out, image = restored("grey.png --upscale 2")
+        assert image.shape == (56, 56) and (image[::2, ::2] == grey).all()
+        Image.new("RGB", (1500, 40)).save(root / "wide.png")
+        out, image = restored("wide.png")
+        assert "reduced" in out and image.shape == (27, 1024, 3)[:image.ndim]
+        Image.new("RGB", (1, 1)).save(root / "dot.png")
+        Image.new("RGBA", (50, 50)).save(root / "nothing.png")
+        (root / "cut.png").write_bytes((root / "holes.png").read_bytes()[:90])
+        before = (root / "out/nf/restored.png").read_bytes()
+        for flags, *words in (
+                ("a.png --mask MASK/dot.png", "same size"), ("nothing.png", "no pixel"),
+                ("a.png --mask MASK/wide.png", "same size"), ("cut.png", "cut.png"),
+                ("a.png --mask MASK/dot.png --full", "--full"), (".", "picture"),
+                ("a.png --input-ratio 1.5", "--input-ratio"), ("none.png", "none.png")):
+            flags = flags.replace("MASK", str(root))
+            code, out, err = run(sample, f"{sample.SHIPPED} --out {root}/out --image {root}/{flags}")
+            assert code and all(word in err for word in words) and "Trace" not in err, (flags, err)
+        assert (root / "out/nf/restored.png").read_bytes() == before
 
 
 def test_the_shipped_model_is_better_than_kriging():
