@@ -43,6 +43,7 @@ SHIPPED = Path(__file__).resolve().parent / "assets" / "nf_small.pt"
 # -------------------------------------------------------------------------------------- samplers
 
 
+@torch.no_grad()
 def ddim_sample(model, schedule, output_coords, input_coords, input_values, num_steps=50, eta=0.0,
                 generator=None, on_step=None):
     """Denoise Gaussian noise at output_coords step by step. DDIM (Song et al., 2021), eq. 12.
@@ -55,32 +56,32 @@ def ddim_sample(model, schedule, output_coords, input_coords, input_values, num_
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be between 0 and 1, got {eta}")
-    step = lambda x_t, x_0, t, t_next, noise: schedule.ddim_step(x_t, x_0, t, t_next, eta, noise)
-    return denoise(model, step, schedule.timesteps(num_steps).tolist(), output_coords,
-                   input_coords, input_values, generator, on_step)
-
-
-def ddpm_sample(model, schedule, output_coords, input_coords, input_values, generator=None,
-                on_step=None):
-    """Ancestral sampling over all T timesteps. DDPM (Ho et al., 2020), algorithm 2.
-
-    Arguments and result as in ddim_sample.
-    """
-    step = lambda x_t, x_0, t, t_next, noise: schedule.ddpm_step(x_t, x_0, t, noise)
-    return denoise(model, step, [*reversed(range(schedule.num_timesteps))], output_coords,
-                   input_coords, input_values, generator, on_step)
-
-
-@torch.no_grad()
-def denoise(model, step, timesteps, output_coords, input_coords, input_values, generator, on_step):
-    """The loop of both samplers: predict x_0, then step to the next of the falling timesteps."""
+    timesteps = schedule.timesteps(num_steps).tolist()
     x_t = randn(output_coords, input_values, generator)
     for t, t_next in zip(timesteps, [*timesteps[1:], -1]):
         t_batch = torch.full((len(x_t),), t, device=x_t.device)
         x_0 = model(x_t, output_coords, t_batch, input_coords, input_values)
         if on_step:
             on_step(t, x_t, x_0)
-        x_t = step(x_t, x_0, t, t_next, randn(output_coords, input_values, generator))
+        noise = randn(output_coords, input_values, generator)
+        x_t = schedule.ddim_step(x_t, x_0, t, t_next, eta, noise)
+    return x_t
+
+
+@torch.no_grad()
+def ddpm_sample(model, schedule, output_coords, input_coords, input_values, generator=None,
+                on_step=None):
+    """Ancestral sampling over all T timesteps. DDPM (Ho et al., 2020), algorithm 2.
+
+    Arguments and result as in ddim_sample.
+    """
+    x_t = randn(output_coords, input_values, generator)
+    for t in reversed(range(schedule.num_timesteps)):
+        t_batch = torch.full((len(x_t),), t, device=x_t.device)
+        x_0 = model(x_t, output_coords, t_batch, input_coords, input_values)
+        if on_step:
+            on_step(t, x_t, x_0)
+        x_t = schedule.ddpm_step(x_t, x_0, t, randn(output_coords, input_values, generator))
     return x_t
 
 
@@ -328,9 +329,7 @@ def report_field(model, schedule, images, folder, name, seed=0, samples=None, sc
 
     images: uint8 (N, C, H, W). samples, scale, gif: as the flags. options: those of reconstruct.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    results = evaluate_field(model, schedule, images, seed, **options)
-    few, frames = images[:6], []
+    results, few, frames = evaluate_field(model, schedule, images, seed, **options), images[:6], []
     order = mask_order(seed, range(len(few)), images)
     generator = torch.Generator().manual_seed(seed)
     split, n_out, answers = reconstruct(model, schedule, few, order, generator=generator,
@@ -343,19 +342,17 @@ def report_field(model, schedule, images, folder, name, seed=0, samples=None, sc
               f"{row['ssim']:10.4f}")
     pictures = {"samples.png": draw_field(split, answers)}
     if samples:
-        options = {name: value for name, value in options.items()
-                   if name in ("input_ratio", "num_steps", "eta")}
-        results["samples"] = evaluate_samples(model, schedule, images, samples, seed, **options)
-        print("{samples} samples per image: {coverage:.1%} of the true values in the central 90%, "
-              "standard deviation {spread:.4f}, PSNR of their mean {psnr_mean:.2f} dB"
-              .format(samples=samples, **results["samples"]))
+        options = {name: options[name] for name in ("input_ratio", "num_steps", "eta")}
+        row = results["samples"] = evaluate_samples(model, schedule, images, samples, seed,
+                                                    **options)
+        print(f"{samples} samples per image: {row['coverage']:.1%} of the true values in the "
+              f"central 90%, standard deviation {row['spread']:.4f}, PSNR of their mean "
+              f"{row['psnr_mean']:.2f} dB")
         pictures["spread.png"] = draw_spread(model, schedule, few[:4], order, generator,
                                              min(16, samples), **options)
     if scale > 1:
         pictures["scale.png"] = draw_fine(model, schedule, split, scale, generator)
-    for file, picture in pictures.items():
-        picture.save(folder / file)
-        print(f"picture: {folder / file}")
+    save_pictures(folder, pictures)
     if gif:
         animate(split, n_out, frames, folder / "denoising.gif")
         print(f"animation: {folder / 'denoising.gif'}")
@@ -501,11 +498,16 @@ def report_picture(model, schedule, image, known, has_truth, folder, sampler=Non
         captions.append("")
     comparison = image_grid([[x / 2 + 0.5 for x in row]], ["given", *methods, "truth"][:len(row)],
                             captions=[captions], zoom=max(1, 256 // max(known.shape)))
-    folder.mkdir(parents=True, exist_ok=True)
-    for file, picture in {"restored.png": restored, "comparison.png": comparison}.items():
-        picture.save(folder / file)
-        print(f"picture: {folder / file}")
+    save_pictures(folder, {"restored.png": restored, "comparison.png": comparison})
     return results
+
+
+def save_pictures(folder, pictures):
+    """Save {file name: Pillow image} below a folder, and say where."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, picture in pictures.items():
+        picture.save(folder / name)
+        print(f"picture: {folder / name}")
 
 
 # ----------------------------------------------------------------------------------- checkpoints
@@ -528,12 +530,11 @@ def load_checkpoint(path, device="cpu"):
             weights = {name: value.float() for name, value in weights.items()}
             if missing := {"step", "data", "schedule"} - checkpoint.keys():
                 raise ValueError(f"it lacks {', '.join(missing)}")
-            if checkpoint["kind"] == "nf":
-                model = NFDenoiser(weights["alphas_cumprod"], **config)
-            elif checkpoint["kind"] in ("dae", "ae"):
-                model = DenoisingAutoencoder(**config)
-            else:
+            if checkpoint["kind"] not in ("nf", "dae", "ae"):
                 raise ValueError("it holds another kind of model")
+            is_field = checkpoint["kind"] == "nf"
+            model = (NFDenoiser(weights["alphas_cumprod"], **config) if is_field
+                     else DenoisingAutoencoder(**config))
             model.load_state_dict(weights)
         except Exception as problem:  # another or a damaged file can fail in any way
             reason = f"{type(problem).__name__}: {str(problem).strip()}".split("\n")[0][:150]
@@ -650,8 +651,9 @@ def main():
     if args.image:
         if kind != "nf":
             raise ValueError(f"--image needs a neural field, and {path} is an autoencoder")
-        name, problem = args.image.name, picture_problem(
-            args.image, channels, args.mask, args.input_ratio, args.upscale, args.seed)
+        name, images = args.image.name, [args.image]
+        problem = picture_problem(args.image, channels, args.mask, args.input_ratio, args.upscale,
+                                  args.seed)
         results = report_picture(model, schedule, *problem, folder, args.sampler, args.seed,
                                  **sampling)
     else:
@@ -661,17 +663,16 @@ def main():
         if images.shape[1:] != (channels, side, side):
             raise ValueError(f"{path} takes images of {channels} x {side} x {side}, and those of "
                              f"{name} are {tuple(images.shape[1:])}")
-        images = images.to(device)
+        images = images[:args.evaluate if kind == "nf" else None].to(device)
         if kind == "nf":
-            results = report_field(model, schedule, images[:args.evaluate], folder, name,
-                                   args.seed, args.samples, args.scale, args.gif,
-                                   input_ratio=args.input_ratio, full=args.full,
-                                   sampler=args.sampler or "ddim", **sampling)
+            results = report_field(model, schedule, images, folder, name, args.seed, args.samples,
+                                   args.scale, args.gif, input_ratio=args.input_ratio,
+                                   full=args.full, sampler=args.sampler or "ddim", **sampling)
         else:
             results = report_autoencoder(model, images, folder, name, args.seed)
     if args.json:
-        write_json(args.json, dict(checkpoint=str(path), data=name, seed=args.seed,
-                                   methods=results))
+        write_json(args.json, dict(checkpoint=str(path), data=name, images=len(images),
+                                   seed=args.seed, methods=results))
         print(f"figures: {args.json}")
     print(f"{time.time() - start:.0f} s on {device}")
 

@@ -1957,8 +1957,6 @@ def test_bad_input_gets_one_line_and_an_exit_code():
             (sample, f"{root}/none.pt {d}"), (sample, f"--device warp {d}"),
             (sample, f"--device meta {d}"), (train, f"--parts field --bench {c} {d}"),
             (sample, f"{shipped} --image {root}/photo.png {d}"),
-            (sample, f"{shipped} --input-ratio 1.1 {c} {d}"),
-            (sample, f"{shipped} --input-ratio nan {c} {d}"),
             (sample, f"{shipped} --steps 1001 {c} {d}"), (sample, f"{shipped} --data mnist {d}"),
             (autoencoder, f"--exercise types {c} {d}"), (data, f"--data nowhere {d}"),
             (schedule, "--timesteps 0"), (schedule, "--timesteps 10000000000")]
@@ -1973,7 +1971,8 @@ def test_bad_input_gets_one_line_and_an_exit_code():
             *((sample, flag) for flag in (
                 "--eta 2", "--eta nan", "--scale 0", "--scale 17", "--seed -1", "--evaluate 0",
                 "--samples 1", "--sampler ddpm --eta 1", "--sampler ddpm --steps 5",
-                "--sampler ddpm --samples 2")),
+                "--sampler ddpm --samples 2", "--input-ratio 1.1", "--input-ratio nan",
+                "--mask x.png", "--upscale 2", "--upscale 0", "--image x.png --gif")),
             (autoencoder, "--seeds 0"), (autoencoder, "--epochs 0"), (noise, "--nope"),
             (autoencoder, "--exercise nope"), (data, "--seed x")]
         for expected, lines in ((1, refused), (2, wrong)):
