@@ -647,7 +647,7 @@ def main():
     if kind == "nf":
         channels, side = (checkpoint["config"][key] for key in ("input_channels", "side"))
         schedule = DiffusionSchedule(**checkpoint["schedule"]).to(device)
-        sampling = dict(num_steps=min(args.steps or 50, schedule.num_timesteps), eta=args.eta)
+        sampling = dict(num_steps=args.steps or min(50, schedule.num_timesteps), eta=args.eta)
     if args.image:
         if kind != "nf":
             raise ValueError(f"--image needs a neural field, and {path} is an autoencoder")
