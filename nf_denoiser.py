@@ -299,13 +299,12 @@ class NFDenoiser(nn.Module):
     alphas_cumprod: (T,), from the DiffusionSchedule that x_t is made with. parts: which of PARTS.
     side: height and width of the training images. widths: of the U-Net.
     covariance: pixel_covariance of the training images; None is exponential_covariance(side).
-    The others are those of PerceiverIO. Raises ValueError for parts, channels or a side that do
-    not work, and as PerceiverIO does.
+    perceiver: the other arguments of PerceiverIO. Raises ValueError for parts, channels or a side
+    that do not work, and as PerceiverIO does.
     """
 
-    def __init__(self, alphas_cumprod, input_channels=3, output_channels=3, num_latents=512,
-                 latent_dim=512, num_fourier_feats=256, num_blocks=6, num_heads=8, dropout=0.1,
-                 parts=PARTS, widths=(96, 192, 384), side=32, covariance=None):
+    def __init__(self, alphas_cumprod, input_channels=3, output_channels=3, parts=PARTS,
+                 widths=(96, 192, 384), side=32, covariance=None, **perceiver):
         super().__init__()
         if not parts or set(parts) - set(PARTS):
             raise ValueError(f"parts must be one or more of {', '.join(PARTS)}, got {parts}")
@@ -323,8 +322,8 @@ class NFDenoiser(nn.Module):
             self.unet_to_values = nn.Linear(widths[0], output_channels)
             nn.init.normal_(self.unet_to_values.weight, std=0.01)  # start near the mean
         if "perceiver" in parts:
-            self.perceiver = PerceiverIO(input_channels, output_channels, num_latents, latent_dim,
-                                         num_fourier_feats, num_blocks, num_heads, dropout)
+            self.perceiver = PerceiverIO(input_channels, output_channels, **perceiver)
+            latent_dim = self.perceiver.latents.shape[1]
             nn.init.normal_(self.perceiver.to_values.weight, std=0.01)
             self.marker = nn.Parameter(torch.randn(2, latent_dim) * 0.02)  # 0: input, 1: output
             self.embed_time = nn.Sequential(SinusoidalTimeEmbedding(128),
@@ -350,10 +349,10 @@ class NFDenoiser(nn.Module):
         """
         (B, N_out, C), N_in = noisy_output_values.shape, input_coords.shape[1]
         shapes = [tuple(x.shape) for x in (output_coords, t, input_coords, input_values)]
-        if N_in < 1 or shapes != [(B, N_out, 2), (B,), (B, N_in, 2), (B, N_in, len(self.colours))]:
-            raise ValueError(f"shapes must match, with at least one input pixel; got x_t "
-                             f"{(B, N_out, C)} and output_coords, t, input_coords, input_values "
-                             f"{shapes}")
+        needed = [(B, N_out, 2), (B,), (B, N_in, 2), (B, N_in, len(self.colours))]
+        if N_in < 1 or shapes != needed:
+            raise ValueError(f"output_coords, t, input_coords, input_values must have the shapes "
+                             f"{needed} with at least one input pixel, got {shapes}")
         input_coords, output_coords = input_coords.clamp(0, 1), output_coords.clamp(0, 1)
         alpha_bar = self.alphas_cumprod[t][:, None, None]                    # (B, 1, 1)
         exact = torch.autocast(t.device.type, enabled=False)  # linear algebra needs float32

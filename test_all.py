@@ -892,7 +892,7 @@ def test_the_field_is_a_set_function():
             y = model(x_t, out, t, coords, values)
             assert y.shape == (3, n_out, 3) and torch.isfinite(y).all()
         raises(ValueError, lambda: model(x_t, out, t, coords[:, :0], values[:, :0]), "at least one")
-        raises(ValueError, lambda: model(x_t, out[:, :3], t, coords, values), "match")
+        raises(ValueError, lambda: model(x_t, out[:, :3], t, coords, values), "shapes")
 
 
 def test_at_the_last_timestep_x_t_does_not_matter():
