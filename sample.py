@@ -528,6 +528,12 @@ def load_checkpoint(path, device="cpu"):
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
             weights, config = checkpoint["model"], checkpoint["config"]
             weights = {name: value.float() for name, value in weights.items()}
+            covariance = weights.get("field.covariance")
+            if covariance is not None and covariance.dim() == 1:  # an upper triangle, of --export
+                pixels = config["side"] ** 2
+                square = covariance.new_zeros(pixels, pixels)
+                square[*torch.triu_indices(pixels, pixels)] = covariance
+                weights["field.covariance"] = square + square.triu(1).T
             if missing := {"step", "data", "schedule"} - checkpoint.keys():
                 raise ValueError(f"it lacks {', '.join(missing)}")
             if checkpoint["kind"] not in ("nf", "dae", "ae"):
@@ -640,7 +646,11 @@ def main():
         args.export.parent.mkdir(parents=True, exist_ok=True)
         small = {key: checkpoint[key] for key in ("kind", "config", "schedule", "data", "step")}
         half = {name: p.detach().half().cpu() for name, p in model.named_parameters()}
-        save_checkpoint(args.export, small | dict(model=checkpoint["model"] | half))
+        weights = checkpoint["model"] | half
+        covariance = weights.get("field.covariance")
+        if covariance is not None and covariance.dim() == 2:  # symmetric: one half is enough
+            weights["field.covariance"] = covariance[*torch.triu_indices(*covariance.shape)]
+        save_checkpoint(args.export, small | dict(model=weights))
         print(f"exported: {args.export}")
 
     folder, channels, side = args.out / kind, 1, 28
