@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import gzip
 import hashlib
+import http.client
 import io
 import itertools
 import json
@@ -366,7 +367,7 @@ def test_mnist_is_read_as_documented_and_damage_is_refused():
         image_file.unlink()
         image_file.with_suffix("").write_bytes(plain)  # not zipped
         tracemalloc.start()
-        raises(ValueError, load, label_file)
+        raises(ValueError, lambda: data.read_idx(label_file.with_suffix(""), ()), label_file)
         assert tracemalloc.get_traced_memory()[1] < 10e6  # refused without unpacking it
         tracemalloc.stop()
         label_file.write_bytes(gzip.compress(idx(bytes_(6, 10))))
@@ -398,32 +399,32 @@ def test_cifar10_download_is_checked_and_stays_in_its_folder():
 
 
 def test_mnist_download_is_checked_and_leaves_nothing_half_done():
-    real, seen = urllib.request.urlopen, []
+    urlopen, write = urllib.request.urlopen, Path.write_bytes
+
+    def breaks_off(url, timeout=math.inf):
+        response = urlopen(url, timeout=timeout)
+        assert timeout <= 60
+        response.read = lambda *_: (_ for _ in ()).throw(http.client.IncompleteRead(b"a"))
+        return response
+
+    def disk_full(path, content):
+        write(path, content[:9])
+        assert path.suffix == ".part"  # named when complete
+        raise OSError("disk full")
+
     with folder() as root:
         load = lambda: data.load_mnist(root / "d", train=False)
         sums = {path.name: hashlib.md5(path.read_bytes()).hexdigest()
                 for path in write_mnist(root / "good")}
         write_mnist(root / "bad", bytes_((6, 28, 28), seed=1), bytes_(6, 10, seed=1))
         urls = [(root / name).as_uri() + "/" for name in ("missing", "bad", "good")]
-
-        def breaks_off(url, timeout=math.inf):
-            response, pieces = real(url, timeout=timeout), [b"a", b"b"]
-            assert timeout <= 60
-
-            def read(*_):
-                seen.extend(path.suffix for path in files_in(root / "d"))
-                if pieces:
-                    return pieces.pop()
-                raise ConnectionResetError("broken off")
-            response.read = read
-            return response
-
-        with patched(data, MNIST_URLS=urls[2:], MNIST_MD5=sums):
-            with patched(urllib.request, urlopen=breaks_off):
-                raises(data.Unavailable, load, "broken off")
-        with patched(data, MNIST_URLS=urls[:2], MNIST_MD5=sums):
-            raises(data.Unavailable, load, "MD5", "missing")
-        assert not files_in(root / "d") and seen and ".gz" not in seen  # named when complete
+        for some, accident, words in (
+                (urls[2:], patched(urllib.request, urlopen=breaks_off), ["IncompleteRead"]),
+                (urls[2:], patched(Path, write_bytes=disk_full), ["disk full"]),
+                (urls[:2], contextlib.nullcontext(), ["MD5", "missing"])):
+            with patched(data, MNIST_URLS=some, MNIST_MD5=sums), accident:
+                raises(data.Unavailable, load, *words)
+            assert not files_in(root / "d")
         with patched(data, MNIST_URLS=urls, MNIST_MD5=sums):
             assert np.array_equal(load()[1], bytes_(6, 10)) and len(files_in(root / "d")) == 2
 
