@@ -338,3 +338,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as problem:
         sys.exit(f"error: {problem}")
+    except KeyboardInterrupt:
+        sys.exit(130)

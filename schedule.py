@@ -146,7 +146,7 @@ def line_chart(title, curves, log_y=False):
         x, y = 62 + 374 * part, 290 - 260 * part
         value = scale_back(y_low + part * y_span)
         draw.line([(62, y), (436, y)], fill="#e4e4e4")
-        draw.text((56, y), f"{value:.3g}", "#444", font_size=12, anchor="rm")
+        draw.text((56, y), f"{round(value, 9):.3g}", "#444", font_size=12, anchor="rm")
         draw.text((x, 296), f"{x_low + part * x_span:.4g}", "#444", font_size=12, anchor="ma")
     for i, (label, curve) in enumerate(points.items()):
         colour = ("#1f6fb4", "#d1481f", "#2b9348", "#8a4fbf", "#b8860b", "#555555")[i % 6]

