@@ -1344,7 +1344,7 @@ def test_three_steps_of_the_denoising_autoencoder_written_out():
         # Adam divides a gradient by its own size: where that is almost 0, rounding decides.
         errors = torch.cat([(got["model"][name] - value).abs().flatten()
                             for name, value in model.state_dict().items()])
-        assert (errors > 1e-5).float().mean() < 1e-3 and errors.max() < 0.01, errors.max()
+        assert (errors > 1e-4).float().mean() < 1e-3 and errors.max() < 0.01, errors.max()
 
 
 def orthogonal_update(p, lr):
