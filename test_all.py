@@ -1170,7 +1170,7 @@ def test_a_denoiser_beats_its_control_on_noise_and_loses_on_clean_images():
     mse = lambda model, x: F.mse_loss(model(x)[0], test).item()
     constant = F.mse_loss(images[:384].mean(0).expand_as(test), test).item()
     assert mse(dae, noisy) < 0.9 * mse(ae, noisy) and mse(dae, noisy) < constant
-    assert mse(ae, test) < mse(dae, test) and "2 models" in said
+    assert mse(ae, test) < mse(dae, test) and said.count("trained on") == 2
     raises(ValueError, lambda: quiet(autoencoder.train_models, ["clean"], images / 0, 1, 1), "rate")
     assert not dae.training and not any(p.requires_grad for p in dae.parameters())
 
@@ -1179,23 +1179,29 @@ def test_the_cross_test_and_the_passes_by_hand():
     test = glyphs(64)[0]
     half = Answer(lambda x: (x + test) / 2)
     models = {"a": [half, Answer(lambda x: test)], "b": [Answer(lambda x: x)] * 2}
-    figures, picture = autoencoder.cross_test(models, test, ["a", "b"], ["clean", "masking 0.3"])
-    g = torch.Generator().manual_seed(0)
-    left = F.mse_loss(noise.add_masking_noise(test, 0.3, g), test).item()
+    figures, grid = autoencoder.cross_test(["clean", "masking 0.3"], models, test)
+    left = F.mse_loss(noise.add_masking_noise(test, 0.3, seeded()), test).item()
     close(figures["left alone", "masking 0.3"], [left, left], 1e-9)
     close(figures["trained on a", "masking 0.3"], [left / 4, 0], 1e-7)
     close(figures["trained on b", "masking 0.3"], [left, left], 1e-9)
     close(figures["trained on b", "clean"], [0, 0], 0)
-    rows, columns, figures, picture = autoencoder.progressive([half], test, 3)
-    first = figures["input", columns[0]][0]
-    close(figures["pass 3", columns[0]], [first / 4**3], 1e-7)
-    assert figures["pass 1", columns[1]][0] > figures["pass 1", columns[0]][0]
+    truth, given, restored, _ = grid["rows"][1]
+    close(truth.flatten(), test[0], 0)
+    close(restored, (given + truth) / 2, 1e-6)
     seen = []
-    autoencoder.progressive([Answer(lambda x: (seen.append(x), test)[1])], test, 3)
+    models = {"gaussian 0.3": [half, Answer(lambda x: (seen.append(x), test)[1])]}
+    figures, grid = autoencoder.progressive(models, test, passes=3)
+    still, noisy = "nothing added", "noise 0.1 added"
+    first = figures["input", still][0]
+    close(figures["pass 3", still], [first / 4**3, 0], 1e-7)
+    assert figures["pass 1", noisy][0] > figures["pass 1", still][0]
     assert not torch.equal(seen[4], seen[5])  # each pass adds noise of its own
-    table, out = quiet(autoencoder.print_table, "title", ["r"], ["c"], {("r", "c"): [1.0, 3.0]})
+    for _, given, *passes in grid["rows"]:
+        assert len(passes) == 3 and not torch.equal(given, passes[0])
+    close(grid["rows"][0][2], (grid["rows"][0][1] + truth) / 2, 1e-6)
+    table = autoencoder.summary({("r", "c"): [1.0, 3.0]})
     close(table["r"]["c"], [2, 2**0.5], 1e-6)
-    assert "2.0000 +- 1.4142" in out
+    assert "| r | 2.0000 ± 1.4142 |" in autoencoder.markdown(table)
 
 
 def test_linear_classifier_is_the_minimum_of_its_objective():
@@ -1216,13 +1222,20 @@ def test_linear_classifier_is_the_minimum_of_its_objective():
 def test_features_by_hand():
     images, labels = glyphs(400)
     model = autoencoder.DenoisingAutoencoder()
+    model.encoder[0].weight.data[:100] *= 5  # far more active
     models = {"clean": [model] * 3, "gaussian 0.3": [model] * 3}
     train_, test, y, y_test = images[:300], images[300:], labels[:300], labels[300:]
     with torch.no_grad():
-        rows, columns, figures, _ = autoencoder.features(models, train_, test, y, y_test)
+        figures, grid = autoencoder.features(models, test, y_test, train_, y)
         r = np.abs(np.corrcoef(model.encode(test).numpy().T))
+        layer = model.encoder[0]
+        active = layer(test).relu().std(0).argsort(descending=True)
+        weight = layer.weight[active[1]]
+    shown = grid["rows"][0][1][0, :28, 29:57]
+    close(shown, (0.5 + 0.5 * weight / weight.abs().max()).view(28, 28), 1e-5)
+    columns = list(autoencoder.summary(figures)["pixels"])
     r = r[~np.eye(64, dtype=bool)]
-    close(figures["clean", "mean |correlation|"], [r.mean()] * 3, 1e-4)
+    close(figures["clean", "mean absolute correlation"], [r.mean()] * 3, 1e-4)
     assert len(set(figures["pixels", columns[1]])) > 1  # each seed has a subset of its own
     assert figures["clean", columns[1]] == figures["gaussian 0.3", columns[1]]  # one model
     pixels = {column: figures["pixels", column][0] for column in columns}
@@ -1233,16 +1246,23 @@ def test_features_by_hand():
 def test_the_lab_runs_and_writes_what_it_prints():
     with folder() as root:
         tiny_sets(root)
-        line = (f"--data mnist --data-dir {root} --out {root}/out --json {root}/f.json --epochs 2 "
-                f"--batch-size 128 --seeds 2 --exercise")
-        code, out, err = run(autoencoder, f"{line} all")
-        assert code == 0 and "18 models" in out, err
+        code, out, err = run(autoencoder, f"--data mnist --data-dir {root} --out {root}/out --json "
+                                          f"{root}/f.json --table {root}/lab.md --epochs 2 "
+                                          f"--batch-size 128 --seeds 2 --exercise all")
+        assert code == 0 and out.count("trained on gaussian 0.3, seed") == 2, err
         results = json.loads((root / "f.json").read_text())
-        for name in ("compare", "levels", "types", "blind", "features", "progressive"):
+        first, *sections = (root / "lab.md").read_text("utf-8").split("\n## ")
+        assert all(x in first for x in ("mnist", "Seeds: 2", "Epochs: 2", "2 --exercise all`"))
+        names = ["compare", "levels", "types", "blind", "features", "progressive"]
+        for name, section in zip(names, sections, strict=True):
             with Image.open(root / "out" / f"autoencoder-{name}.png") as picture:
                 assert min(picture.size) > 150 and picture.getextrema() != ((255, 255),) * 3
-            for row in results[name].values():
-                assert all(f"{mean:.4f} +- {std:.4f}" in out for mean, std in row.values())
+            lines = section.splitlines()
+            assert lines[0] == name and section.strip() in out
+            cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
+            assert cells[0][1:] == list(next(iter(results[name].values())))
+            assert cells[2:] == [[row, *(f"{mean:.4f} ± {std:.4f}" for mean, std in each.values())]
+                                 for row, each in results[name].items()]
         same = [results[name]["trained on gaussian 0.3"]["gaussian 0.3"]
                 for name in ("compare", "levels", "types", "blind")]
         assert same == same[:1] * 4
@@ -1288,27 +1308,13 @@ def test_the_pictures_show_what_their_labels_say():
     x_t, x_0 = (torch.stack(row) for row in grids[2][0])
     assert (x_t == 1).float().mean() > 0.01 > (x_0 == 1).float().mean()  # noise is clamped
     grids.clear()
-    test = glyphs(64)[0]
-    model = Answer(lambda x: x / 2)
     with folder() as root, patched(data, image_grid=grid):
-        quiet(autoencoder.report_autoencoder, model, images[:, :1, 2:30, 2:30], root, "leaves")
-        models = {"clean": [model]}
-        autoencoder.cross_test(models, test, ["clean"], ["stripes"])
-        net = autoencoder.DenoisingAutoencoder()
-        net.encoder[0].weight.data[:100] *= 5  # far more active
-        with torch.no_grad():
-            autoencoder.features(dict.fromkeys(("clean", "gaussian 0.3"), [net]), test[:40],
-                                 test[40:], torch.arange(40) % 10, torch.arange(24) % 10)
-    (rows, _), (cross, _), ((mosaics, *_), _) = grids
+        quiet(autoencoder.report_autoencoder, Answer(lambda x: x / 2), images[:, :1, 2:30, 2:30],
+              root, "leaves")
+    rows = grids[0][0]
     for noisy, restored, error in zip(rows[::3], rows[1::3], rows[2::3]):
         close(restored[0], noisy[0] / 2, 1e-6)
         close(error[0], data.heat(restored[0] - rows[0][0]), 1e-6)
-    close(cross[0][0].flatten(), test[0], 0)
-    close(cross[0][2], cross[0][1] / 2, 1e-6)
-    layer = net.encoder[0]
-    active = layer(test[40:]).relu().std(0).argsort(descending=True)
-    weight = layer.weight[active[1]].detach()
-    close(mosaics[0][0, :28, 29:57], (0.5 + 0.5 * weight / weight.abs().max()).view(28, 28), 1e-5)
 
 
 # --------------------------------------------------------------------------------------- training
