@@ -301,9 +301,8 @@ def train_models(texts, images, seeds, epochs, batch_size=512, lr=6e-3):
             model = DenoisingAutoencoder(images.shape[1]).to(images.device)
             model.init_output_bias(images)
             optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.0, fused=True)
-            for _, loss in train_autoencoder(model, optimizer, images, corruption(text), steps,
-                                             batch_size, lr, seed):
-                pass
+            *_, (_, loss) = train_autoencoder(model, optimizer, images, corruption(text), steps,
+                                              batch_size, lr, seed)
             if not math.isfinite(loss):
                 raise ValueError(f"training on {text} diverged: the learning rate {lr} is too high")
             models[text].append(model.eval().requires_grad_(False))
@@ -346,8 +345,8 @@ def lab(args):
     needed = list(dict.fromkeys(text for e in exercises for text in EXERCISES[e][0]))
     models = train_models(needed, images, args.seeds, args.epochs, args.batch_size)
     results = dict(data=name, seeds=args.seeds, epochs=args.epochs)
-    report = (f"Data: {name}. Seeds: {args.seeds}. Epochs: {args.epochs}. Test MSE, mean ± standard"
-              f" deviation. `python autoencoder.py {shlex.join(sys.argv[1:])}`\n")
+    report = (f"Data: {name}. Seeds: {args.seeds}. Epochs: {args.epochs}. Test MSE, mean ± "
+              f"standard deviation. `python autoencoder.py {shlex.join(sys.argv[1:])}`\n")
     for exercise in exercises:
         trained_on, function = EXERCISES[exercise]
         with torch.no_grad():

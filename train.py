@@ -75,8 +75,9 @@ def train_field(model, optimizers, images, schedule, args, first=0, rows=slice(N
         torch.manual_seed(args.seed * 1_000_003 + step)
         losses = []
         for half, pure_noise in zip(index.chunk(2), (True, False)):
-            fixed = args.masks == "fixed"
-            order = fixed_order(args.seed, half, images[0, 0].numel()) if fixed else None
+            order = None
+            if args.masks == "fixed":
+                order = fixed_order(args.seed, half, images[0, 0].numel())
             losses.append(field_loss(model, images[half], schedule, pure_noise, order, rows))
         loss = sum(losses) / 2
         model.zero_grad()
@@ -239,8 +240,8 @@ def resume(path, model, optimizers, losses, settings):
     if "optimizers" not in checkpoint:
         raise ValueError(f"{path} was exported for sampling and cannot be resumed")
     old, step = checkpoint["settings"], checkpoint["step"]
-    changed = [f"{key} {old.get(key)} -> {settings.get(key)}" for key in old | settings
-               if old.get(key) != settings.get(key)]
+    pairs = {key: (old.get(key), settings.get(key)) for key in old | settings}
+    changed = [f"{key} {a} -> {b}" for key, (a, b) in pairs.items() if a != b]
     if changed:
         raise ValueError(f"{path} was trained with other settings ({', '.join(changed)}): use "
                          f"those, or another --out")
@@ -304,12 +305,11 @@ def main():
     rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in
                                (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if world > 1:
-        gpu = args.device.type == "cuda"
-        if gpu:
+        if args.device.type == "cuda":
             torch.cuda.set_device(args.device)
-        torch.distributed.init_process_group("nccl" if gpu else "gloo")
-        if rank:
-            sys.stdout = open(os.devnull, "w")
+        torch.distributed.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
+    if rank:
+        sys.stdout = open(os.devnull, "w")
     divisor = world * (2 if args.model == "nf" else 1)
     if args.batch_size % divisor:
         raise ValueError(f"--batch-size must be a multiple of {divisor}, got {args.batch_size}")
@@ -391,7 +391,8 @@ def main():
             line = (f"step {step:,} of {args.steps:,}  loss {recent:.5f}  {measured}"
                     f"{rate * args.batch_size:,.0f} images/s  "
                     f"{(args.steps - step) / rate:.0f} s left")
-            print(f"{line:90}", end="\r" if terminal and not last else "\n", flush=True)
+            print(line.ljust(90) if terminal else line, flush=True,
+                  end="\r" if terminal and not last else "\n")
         if saving:
             save(step)
         if last:
