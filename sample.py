@@ -37,7 +37,7 @@ from data import (fixed_order, heat, image_grid, load_dataset, open_picture, sca
 from nf_denoiser import GaussianField, NFDenoiser, exponential_covariance
 from schedule import DiffusionSchedule
 
-SHIPPED = Path(__file__).resolve().parent / "assets" / "nf_small.pt"
+SHIPPED = Path(__file__).resolve().parent / "assets" / "nf_medium.pt"
 
 
 # -------------------------------------------------------------------------------------- samplers
