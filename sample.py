@@ -176,8 +176,8 @@ def reconstruct(model, schedule, images, order, input_ratio=0.2, full=False, sam
     split = sparse_split(images, input_ratio, None, order=order)
     missing = split["output_indices"].shape[1]
     n_out = missing if full else min(missing, images[0, 0].numel() // 5)
-    given = split["input_coords"], split["input_values"]
-    coords, rest = split["output_coords"].split([n_out, missing - n_out], dim=1)
+    output_coords, *given = where(split)
+    coords, rest = output_coords.split([n_out, missing - n_out], dim=1)
     if sampler == "ddim":
         sample = ddim_sample(model, schedule, coords, *given, num_steps, eta, generator, on_step)
     else:
@@ -186,7 +186,7 @@ def reconstruct(model, schedule, images, order, input_ratio=0.2, full=False, sam
         known = torch.cat([given[0], coords], 1), torch.cat([given[1], sample.clamp(-1, 1)], 1)
         sample = torch.cat([sample, one_step_mean(model, schedule, rest, *known, generator)], 1)
     answers = {
-        "one-step mean": one_step_mean(model, schedule, split["output_coords"], *given, generator),
+        "one-step mean": one_step_mean(model, schedule, output_coords, *given, generator),
         "sample": sample,
         "kriging": kriging(split),
         "inverse distance": inverse_distance(split),
@@ -225,8 +225,7 @@ def one_step_psnr(model, schedule, images, seed=0):
     split = sparse_split(images, order=mask_order(seed, range(len(images)), images))
     training = model.training
     model.eval()
-    mean = one_step_mean(model, schedule, split["output_coords"], split["input_coords"],
-                         split["input_values"], torch.Generator().manual_seed(seed))
+    mean = one_step_mean(model, schedule, *where(split), torch.Generator().manual_seed(seed))
     model.train(training)
     return tuple(psnr(((values.clamp(-1, 1) - split["output_values"]) / 2).square().mean().item())
                  for values in (mean, kriging(split)))
@@ -245,8 +244,7 @@ def evaluate_samples(model, schedule, images, count, seed=0, input_ratio=0.2, nu
         output_ratio = min(0.2, 1 - input_ratio)
         split = sparse_split(image[None], input_ratio, output_ratio,
                              order=mask_order(seed, [i], images))
-        copies = [split[name].expand(count, -1, -1)
-                  for name in ("output_coords", "input_coords", "input_values")]
+        copies = [x.expand(count, -1, -1) for x in where(split)]
         x = ddim_sample(model, schedule, *copies, num_steps, eta, generator).clamp(-1, 1) / 2
         truth = split["output_values"][0] / 2                                # (N_out, C)
         rank = ((x < truth).sum(0) + (x <= truth).sum(0)) / (2 * count)      # 0 to 1
@@ -261,10 +259,22 @@ def mask_order(seed, indices, images):
     return fixed_order(seed, torch.tensor(indices), images[0, 0].numel()).to(images.device)
 
 
+def where(split):
+    """A split's (output_coords, input_coords, input_values), as the samplers take them."""
+    return split["output_coords"], split["input_coords"], split["input_values"]
+
+
+def given_pixels(split, background=0.0):
+    """Images (B, C, H, W) of the input pixels on a background, a number or images."""
+    shape = split["full_image"].shape
+    return scatter_pixels(split["input_indices"], split["input_values"], shape, background)
+
+
 def assemble(split, values):
     """Whole images (B, C, H, W) in [-1, 1]: the input pixels, and values (B, N, C) elsewhere."""
-    image = scatter_pixels(split["output_indices"], values.clamp(-1, 1), split["full_image"].shape)
-    return scatter_pixels(split["input_indices"], split["input_values"], image.shape, image)
+    shape = split["full_image"].shape
+    rest = scatter_pixels(split["output_indices"], values.clamp(-1, 1), shape)
+    return given_pixels(split, rest)
 
 
 # -------------------------------------------------------------------------------------- pictures
@@ -272,8 +282,7 @@ def assemble(split, values):
 
 def draw_field(split, answers):
     """Input pixels, kriging, one-step mean, sample, truth, error of the mean; PSNR below."""
-    truth = split["full_image"]
-    given = scatter_pixels(split["input_indices"], split["input_values"], truth.shape)
+    truth, given = split["full_image"], given_pixels(split)
     images = [assemble(split, answers[name]) for name in ("kriging", "one-step mean", "sample")]
     rows, captions = [], []
     for i, x in enumerate(truth):
@@ -305,12 +314,10 @@ def draw_fine(model, schedule, split, scale, generator):
     height, width = (scale * n for n in truth.shape[2:])
     y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
     coords = torch.stack([x, y], -1).view(1, -1, 2).to(truth).expand(len(truth), -1, -1)
-    given = split["input_coords"], split["input_values"]
-    parts = [one_step_mean(model, schedule, part, *given, generator)
+    parts = [one_step_mean(model, schedule, part, *where(split)[1:], generator)
              for part in coords.split(16_384, dim=1)]
     fine = torch.cat(parts, dim=1).mT.unflatten(-1, (height, width))
-    given = scatter_pixels(split["input_indices"], split["input_values"], truth.shape)
-    given = F.interpolate(given, scale_factor=scale)
+    given = F.interpolate(given_pixels(split), scale_factor=scale)
     smooth = F.interpolate(truth, size=(height, width), mode="bicubic", align_corners=True)
     rows = [[x / 2 + 0.5 for x in row] for row in zip(given, fine, smooth)]
     return image_grid(rows, ["input pixels", f"field x{scale}", "truth, bicubic"],
@@ -319,11 +326,9 @@ def draw_fine(model, schedule, split, scale, generator):
 
 def animate(split, n_out, frames, path):
     """A GIF of three images: x_t above, the prediction x_0_hat below, a frame for each step."""
-    shape, pictures = split["full_image"].shape, []
-    given = scatter_pixels(split["input_indices"], split["input_values"], shape)
-    places = split["output_indices"][:, :n_out]
+    given, places, pictures = given_pixels(split), split["output_indices"][:, :n_out], []
     for t, x_t, x_0 in [*frames[::max(1, len(frames) // 25)], *[frames[-1]] * 10]:
-        rows = [list(scatter_pixels(places, x.clamp(-1, 1), shape, given)[:3] / 2 + 0.5)
+        rows = [list(scatter_pixels(places, x.clamp(-1, 1), given.shape, given)[:3] / 2 + 0.5)
                 for x in (x_t, x_0)]
         picture = image_grid(rows, [f"t = {t}"], ["x_t", "prediction"], zoom=3)
         pictures.append(picture.quantize(64))
@@ -448,48 +453,46 @@ def picture_problem(path, channels, mask=None, input_ratio=0.2, upscale=1, seed=
     return image, known, has_truth
 
 
+@torch.no_grad()
+def sample_picture(model, schedule, given, known, num_steps, eta, generator):
+    """A DDIM sample of the missing pixels of a picture (C, H, W), as ddim_sample and restore.
+
+    All windows share x_t, and their predictions are blended before each step.
+    """
+    draw = lambda: torch.randn(given.shape, generator=generator).to(given)
+    x_t, timesteps = draw(), schedule.timesteps(num_steps).tolist()
+    for t, t_next in zip(timesteps, [*timesteps[1:], -1]):
+        def x_0_hat(split):
+            t_batch = torch.full((len(split["full_image"]),), t, device=given.device)
+            output_coords, *inputs = where(split)
+            return model(split["output_values"], output_coords, t_batch, *inputs)
+
+        x_0 = restore(torch.where(known, given, x_t), known, x_0_hat, model.side)
+        x_t = schedule.ddim_step(x_t, x_0, t, t_next, eta, draw())
+        print(f"t = {t} done", flush=True)
+    return torch.where(known, given, x_t.clamp(-1, 1))
+
+
 def report_picture(model, schedule, image, known, has_truth, folder, sampler=None, seed=0,
-                   **options):
+                   num_steps=50, eta=0.0):
     """Restore a picture, print a table, write restored.png and comparison.png to the folder.
 
     image, known, has_truth: of picture_problem. restored.png is the one-step mean, or a sample if
-    sampler is "ddim". options: num_steps, eta. Returns {method: {"psnr"}}, over the missing pixels;
-    None without truth.
+    sampler is "ddim". Returns {method: {"psnr"}}, over the missing pixels; None without truth.
     """
-    device, channels = schedule.betas.device, len(image)
+    device, generator = schedule.betas.device, torch.Generator().manual_seed(seed)
     truth, known = image.to(device).float() / 127.5 - 1, known.to(device)
     given = truth * known
-
-    generator = torch.Generator().manual_seed(seed)
-
-    def mean(split):
-        return one_step_mean(model, schedule, split["output_coords"], split["input_coords"],
-                             split["input_values"], generator)
-
-    def sample():
-        """All windows share x_t, and their predictions are blended before each DDIM step."""
-        def whole(x_t, coords, t, input_coords, input_values):  # x_t: (1, missing pixels, C)
-            answer = lambda split: model(
-                split["output_values"], split["output_coords"],
-                t.expand(len(split["full_image"])), split["input_coords"], split["input_values"])
-            noisy = given.clone()
-            noisy[:, ~known] = x_t[0].T
-            return restore(noisy, known, answer, model.side)[:, ~known].T[None]
-
-        x, missing = given.clone(), torch.zeros(1, int((~known).sum()), 2)
-        x_0 = ddim_sample(whole, schedule, missing, None, given.new_zeros(1, 0, channels),
-                          generator=generator, **options,
-                          on_step=lambda t, *_: print(f"t = {t}", flush=True))
-        x[:, ~known] = x_0[0].T.clamp(-1, 1)
-        return x
-
-    methods = {"nearest": nearest, "kriging": kriging, "one-step mean": mean}
+    mean = lambda split: one_step_mean(model, schedule, *where(split), generator)
+    fill = lambda answer: lambda: restore(given, known, answer, model.side)
+    methods = {"nearest": fill(nearest), "kriging": fill(kriging), "one-step mean": fill(mean)}
     if sampler:
-        methods["sample"] = None
+        methods["sample"] = lambda: sample_picture(model, schedule, given, known, num_steps, eta,
+                                                   generator)
     results, row, captions = {}, [given], [f"{known.float().mean():.0%} of the pixels"]
-    for name, answer in methods.items():
+    for name, method in methods.items():
         start = time.time()
-        row.append(restore(given, known, answer, model.side) if answer else sample())
+        row.append(method())
         value = psnr(((row[-1] - truth)[:, ~known] / 2).square().mean().item())
         results[name] = dict(psnr=value if has_truth else None)
         captions.append(f"{value:.2f} dB" if has_truth else "")
@@ -590,24 +593,34 @@ def pick_device(name):
 # ------------------------------------------------------------------------------------------ main
 
 
+def between(low, high, kind=int):
+    """A type for argparse: numbers from low to high."""
+    def parse(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"must be between {low} and {high}, got {text}")
+        return kind(text)
+    return parse
+
+
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("checkpoint", nargs="?", type=Path, help="default: the newest below --out, or the bundled")
     add("--sampler", choices=["ddim", "ddpm"], help="default ddim; of --image the one-step mean")
-    add("--steps", type=int, help="of DDIM (default 50); DDPM takes all timesteps")
-    add("--eta", type=float, default=0.0, help="randomness of DDIM, 0 to 1")
-    add("--seed", type=int, default=0, help="of the masks and the noise")
-    add("--input-ratio", type=float, default=0.2, help="share of the pixels that is given")
-    add("--samples", type=int, metavar="K", help="draw K samples per image, measure their spread")
+    add("--steps", type=between(1, 10**6), help="of DDIM (default 50); DDPM takes all timesteps")
+    add("--eta", type=between(0, 1, float), default=0.0, help="randomness of DDIM, 0 to 1")
+    add("--seed", type=between(0, 2**31 - 1), default=0, help="of the masks and the noise")
+    add("--input-ratio", type=between(0.0001, 0.9999, float), default=0.2,
+        help="share of the pixels that is given")
+    add("--samples", type=between(2, 1000), metavar="K", help="measure the spread of K samples")
     add("--full", action="store_true", help="sample all missing pixels jointly")
-    add("--scale", type=int, default=1, help="query a grid this many times as fine")
+    add("--scale", type=between(1, 16), default=1, help="query a grid this many times as fine")
     add("--image", type=Path, help="restore this picture; missing: --mask, transparent or random")
     add("--mask", type=Path, help="of --image, a picture of its size; white: missing")
-    add("--upscale", type=int, default=1, metavar="N", help="enlarge --image N times")
+    add("--upscale", type=between(1, 8), default=1, metavar="N", help="enlarge --image N times")
     add("--gif", action="store_true", help="animate the denoising")
-    add("--evaluate", type=int, nargs="?", const=1000, default=6, metavar="N",
+    add("--evaluate", type=between(1, 10**6), nargs="?", const=1000, default=6, metavar="N",
         help="measure on the first N test images (1,000 if N is left out)")
     add("--export", type=Path, metavar="FILE", help="write the weights alone, in half precision")
     add("--json", type=Path, metavar="FILE", help="write the figures of the table to FILE")
@@ -616,16 +629,6 @@ def parse_arguments():
     add("--out", type=Path, default=Path("out"), help="folder for everything that is written")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    for flag, value, low, high in (("eta", args.eta, 0, 1), ("scale", args.scale, 1, 16),
-                                   ("seed", args.seed, 0, 2**31 - 1),
-                                   ("upscale", args.upscale, 1, 8),
-                                   ("samples", args.samples or 2, 2, 1000),
-                                   ("evaluate", args.evaluate, 1, 10**6),
-                                   ("steps", 1 if args.steps is None else args.steps, 1, 10**6)):
-        if not low <= value <= high:
-            parser.error(f"--{flag} must be between {low} and {high}, got {value}")
-    if not 0 < args.input_ratio < 1:
-        parser.error(f"--input-ratio must be between 0 and 1, got {args.input_ratio}")
     if args.sampler == "ddpm" and (args.steps or args.samples or args.eta):
         parser.error("--steps, --samples and --eta are for DDIM; DDPM takes all timesteps")
     if (args.mask or args.upscale > 1) and not args.image:
