@@ -2058,6 +2058,20 @@ def test_the_readmes_commands_parse():
                     pass
 
 
+def test_the_readmes_code_blocks_run():
+    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    field, denoiser = {}, {}
+    exec(blocks[0], field)
+    for values in (field["mean"], field["sample"]):
+        assert values.shape == (1, 100, 3) and values.isfinite().all()
+    # the colours of the block are linear in the coordinates, so what they should be is known
+    x, y = field["output_coords"].unbind(-1)
+    assert (field["mean"] - (torch.stack([x, y, x], -1) * 2 - 1)).abs().mean() < 0.1
+    exec(blocks[1], denoiser)
+    assert denoiser["loss"] < 0.15 and denoiser["latents"].shape == (64, 64)
+    assert len(blocks) == 2
+
+
 def main():
     wanted = ([word for word in sys.argv[1:] if word != "--long"] or [""])[0]
     passed, failed, start = 0, 0, time.time()
