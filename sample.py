@@ -401,13 +401,17 @@ def restore(image, known, answer, side=32, stride=16):
         counts = pixels - missing.sum(1)
         counts[counts == pixels] = 0  # complete: nothing to do
         ready = counts >= max(1, counts.max() / 4)
-        blend = image.new_zeros(len(windows), channels + 1, pixels)
+        blend, done, shown = image.new_zeros(len(windows), channels + 1, pixels), 0, time.time()
         for count in counts[ready].unique().tolist():
             for index in (counts == count).nonzero()[:, 0].split(16):
                 split = sparse_split(windows[index], (count + 0.5) / pixels, None,
                                      order=missing[index])
                 blend[index, :channels] = assemble(split, answer(split)).flatten(2) * weight
                 blend[index, channels] = weight
+                done += len(index)
+                if time.time() - shown > 5:
+                    shown = time.time()
+                    print(f"{done:,} of {ready.sum():,} windows", flush=True)
         blend = F.fold(blend.flatten(1).T[None], known.shape, side, stride=stride)[0]
         filled = ~known & (blend[-1] > 0)
         image = torch.where(filled, blend[:-1] / blend[-1].clamp(min=1e-12), image)
