@@ -170,10 +170,13 @@ def make_glyphs(count, seed):
 
 def open_picture(path):
     """A Pillow image, upright. Raises ValueError if it is none, damaged, or suspiciously large."""
-    warnings.simplefilter("error", Image.DecompressionBombWarning)
     try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                image = ImageOps.exif_transpose(image)
+        if image.mode == "F":
+            raise ValueError("its pixels are floating-point numbers")
         if image.mode.startswith("I"):  # 16 bits a pixel: Pillow would clip them at 255
             image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype("u1"))
         return image

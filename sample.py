@@ -19,6 +19,7 @@ import os
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # before torch is imported
 import argparse
+import functools
 import json
 import math
 import sys
@@ -29,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageChops, ImageOps
 
 from autoencoder import DenoisingAutoencoder, report_autoencoder
 from data import (fixed_order, heat, image_grid, load_dataset, open_picture, scatter_pixels,
@@ -125,10 +126,14 @@ def inverse_distance(split, power=4):
 
 def kriging(split):
     """Mean of a Gaussian field with exponential covariance, given the inputs: (B, N, C)."""
-    covariance = exponential_covariance(split["full_image"].shape[-1])
-    field = GaussianField(covariance.to(split["input_values"].device))
+    field = exponential_field(split["full_image"].shape[-1], split["input_values"].device)
     image, _ = field(split["input_indices"], split["input_values"])
     return image.mT.gather(1, split["output_indices"][..., None].expand(-1, -1, image.shape[1]))
+
+
+@functools.cache
+def exponential_field(side, device):
+    return GaussianField(exponential_covariance(side)).to(device)
 
 
 def psnr(mse):
@@ -341,6 +346,7 @@ def report_field(model, schedule, images, folder, name, seed=0, samples=None, sc
 
     images: uint8 (N, C, H, W). samples, scale, gif: as the flags. options: those of reconstruct.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     results, few, frames = evaluate_field(model, schedule, images, seed, **options), images[:6], []
     order = mask_order(seed, range(len(few)), images)
     generator = torch.Generator().manual_seed(seed)
@@ -375,20 +381,20 @@ def report_field(model, schedule, images, folder, name, seed=0, samples=None, sc
 
 
 @torch.no_grad()
-def restore(image, known, answer, side=32, stride=16):
-    """Fill the missing pixels of a picture of any size, in overlapping windows.
+def restore(image, known, answer, side=32):
+    """Fill the missing pixels of a picture of any size, in windows that overlap by one half.
 
     image: (C, H, W) in [-1, 1]. known: bool (H, W), the given pixels. answer(split) -> (B, N, C):
-    values for the outputs of a sparse_split of windows, such as kriging. Where windows overlap,
-    their answers are averaged with the weight sin^2, which falls to 0 towards a window's edge.
+    values for the outputs of a sparse_split of windows, such as kriging. They are clamped to
+    [-1, 1] and averaged with the weight sin^2, which falls to 0 towards a window's edge.
     A window waits if it has few given pixels, less than a quarter of those of the best unfinished
-    window; what the others restore is then given to it. So a hole is filled from its rim.
+    window; then what the others restored counts as given. So a hole is filled from its rim.
     Returns (C, H, W); the given pixels are unchanged. Raises ValueError if no pixel is given.
     """
     if not known.any():
         raise ValueError("no pixel of the picture is given: there is nothing to restore it from")
-    (channels, height, width), pixels = image.shape, side * side
-    # windows fit into side + k * stride pixels: mirror the picture at its right and lower edge
+    (channels, height, width), pixels, stride = image.shape, side * side, side // 2
+    # k + 1 windows take side + k * stride pixels: the picture is mirrored up to the next such size
     rows, columns = (np.pad(np.arange(n), (0, (side - n) if n < side else (side - n) % stride),
                             "symmetric") for n in (height, width))
     image, known = image[:, rows][:, :, columns], known[rows][:, columns]
@@ -404,6 +410,7 @@ def restore(image, known, answer, side=32, stride=16):
         blend, done, shown = image.new_zeros(len(windows), channels + 1, pixels), 0, time.time()
         for count in counts[ready].unique().tolist():
             for index in (counts == count).nonzero()[:, 0].split(16):
+                # the order 0 of given pixels makes them the input
                 split = sparse_split(windows[index], (count + 0.5) / pixels, None,
                                      order=missing[index])
                 blend[index, :channels] = assemble(split, answer(split)).flatten(2) * weight
@@ -422,50 +429,54 @@ def restore(image, known, answer, side=32, stride=16):
 def picture_problem(path, channels, mask=None, input_ratio=0.2, upscale=1, seed=0):
     """A picture with missing pixels: (image uint8 (C, H, W), known bool (H, W), has_truth).
 
-    Missing are the white pixels of the picture `mask`, else the transparent ones, else, if the
-    picture is complete (has_truth), all but input_ratio of its pixels, drawn with `seed`.
-    upscale: its pixels are every second (third, ...) one of a larger picture. A longest side
-    above 1,024 is reduced, with a notice. Raises ValueError for files that cannot be used.
+    Missing are transparent pixels (alpha below 128) and the white ones (128 or more) of the
+    picture `mask`; of a complete picture (has_truth) all but input_ratio, drawn with `seed`.
+    upscale: the picture's pixels are every second (third, ...) one of a larger picture, and the
+    others are missing. A longest side above 1,024 is reduced, with a notice. Pixels have 8 bits.
+    Raises ValueError for files that cannot be used and if nothing is missing.
     """
-    picture = open_picture(path)
-    missing = ImageOps.invert(picture.convert("RGBA").getchannel("A"))
+    picture = open_picture(path).convert("RGBA")
+    missing = ImageOps.invert(picture.getchannel("A"))
+    picture = picture.convert("L" if channels == 1 else "RGB")
     if mask:
-        missing = open_picture(mask).convert("L")
-        if missing.size != picture.size:
-            raise ValueError(f"{mask} has {missing.size} pixels and {path} {picture.size}: they "
-                             f"must have the same size")
-    complete = missing.getextrema()[1] < 128
-    if mask and complete:
-        raise ValueError(f"{mask} has no white pixel: nothing is missing")
-    longest = 1024 // upscale
-    if max(picture.size) > longest:
-        print(f"notice: {path} is reduced to {longest} pixels on its longest side")
+        white = open_picture(mask).convert("L")
+        if white.size != picture.size:
+            raise ValueError(f"{mask} has {white.width} x {white.height} pixels and {path} "
+                             f"{picture.width} x {picture.height}: they must have the same size")
+        missing = ImageChops.lighter(missing, white)
+    has_truth = missing.getextrema()[1] < 128 and not mask and upscale == 1
+    if upscale * max(picture.size) > 1024:
+        if upscale > 1:
+            raise ValueError(f"--upscale {upscale} takes pictures of at most {1024 // upscale} "
+                             f"pixels a side, and {path} has {max(picture.size)}")
+        print(f"notice: {path} is reduced to 1024 pixels on its longest side")
         # next to missing pixels an average would be wrong: take the nearest pixel
-        how = Image.Resampling.LANCZOS if complete else Image.Resampling.NEAREST
-        picture.thumbnail((longest, longest), how)
-        missing.thumbnail((longest, longest), Image.Resampling.NEAREST)
+        how = Image.Resampling.LANCZOS if has_truth else Image.Resampling.NEAREST
+        picture.thumbnail((1024, 1024), how)
+        missing.thumbnail((1024, 1024), Image.Resampling.NEAREST)
     width, height = (upscale * n for n in picture.size)
-    pixels = np.array(picture.convert("L" if channels == 1 else "RGB"))
     image = torch.zeros(channels, height, width, dtype=torch.uint8)
-    image[:, ::upscale, ::upscale] = torch.from_numpy(np.atleast_3d(pixels)).permute(2, 0, 1)
+    pixels = torch.from_numpy(np.atleast_3d(np.array(picture))).permute(2, 0, 1)
+    image[:, ::upscale, ::upscale] = pixels
     known = torch.zeros(height, width, dtype=torch.bool)
     known[::upscale, ::upscale] = torch.from_numpy(np.array(missing) < 128)
-    has_truth = complete and upscale == 1
     if has_truth:
         order = torch.randperm(known.numel(), generator=torch.Generator().manual_seed(seed))
-        known = (order < input_ratio * known.numel()).view(height, width)
+        known = (order < int(input_ratio * known.numel())).view(height, width)
+    if known.all():
+        raise ValueError(f"{path}: no pixel is missing, there is nothing to restore")
     return image, known, has_truth
 
 
 @torch.no_grad()
 def sample_picture(model, schedule, given, known, num_steps, eta, generator):
-    """A DDIM sample of the missing pixels of a picture (C, H, W), as ddim_sample and restore.
+    """A DDIM sample (C, H, W) in [-1, 1] of a picture; the given pixels are kept.
 
-    All windows share x_t, and their predictions are blended before each step.
+    All windows share x_t, and restore blends their predictions of x_0 before each step.
     """
     draw = lambda: torch.randn(given.shape, generator=generator).to(given)
     x_t, timesteps = draw(), schedule.timesteps(num_steps).tolist()
-    for t, t_next in zip(timesteps, [*timesteps[1:], -1]):
+    for i, (t, t_next) in enumerate(zip(timesteps, [*timesteps[1:], -1]), 1):
         def x_0_hat(split):
             t_batch = torch.full((len(split["full_image"]),), t, device=given.device)
             output_coords, *inputs = where(split)
@@ -473,7 +484,7 @@ def sample_picture(model, schedule, given, known, num_steps, eta, generator):
 
         x_0 = restore(torch.where(known, given, x_t), known, x_0_hat, model.side)
         x_t = schedule.ddim_step(x_t, x_0, t, t_next, eta, draw())
-        print(f"t = {t} done", flush=True)
+        print(f"step {i} of {num_steps}", flush=True)
     return torch.where(known, given, x_t.clamp(-1, 1))
 
 
@@ -482,43 +493,50 @@ def report_picture(model, schedule, image, known, has_truth, folder, sampler=Non
     """Restore a picture, print a table, write restored.png and comparison.png to the folder.
 
     image, known, has_truth: of picture_problem. restored.png is the one-step mean, or a sample if
-    sampler is "ddim". Returns {method: {"psnr"}}, over the missing pixels; None without truth.
+    sampler is "ddim". Returns {method: {"psnr"}}, over the missing pixels; psnr is None if
+    has_truth is False.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     device, generator = schedule.betas.device, torch.Generator().manual_seed(seed)
     truth, known = image.to(device).float() / 127.5 - 1, known.to(device)
     given = truth * known
-    mean = lambda split: one_step_mean(model, schedule, *where(split), generator)
-    fill = lambda answer: lambda: restore(given, known, answer, model.side)
-    methods = {"nearest": fill(nearest), "kriging": fill(kriging), "one-step mean": fill(mean)}
-    if sampler:
-        methods["sample"] = lambda: sample_picture(model, schedule, given, known, num_steps, eta,
-                                                   generator)
+    print(f"{known.sum():,} of {known.numel():,} pixels given, seed {seed}")
+    answers = {"nearest": nearest, "kriging": kriging, "one-step mean":
+               lambda split: one_step_mean(model, schedule, *where(split), generator)}
     results, row, captions = {}, [given], [f"{known.float().mean():.0%} of the pixels"]
-    for name, method in methods.items():
+    for name in [*answers, *(["sample"] if sampler else [])]:
         start = time.time()
-        row.append(method())
-        value = psnr(((row[-1] - truth)[:, ~known] / 2).square().mean().item())
-        results[name] = dict(psnr=value if has_truth else None)
-        captions.append(f"{value:.2f} dB" if has_truth else "")
+        if name == "sample":
+            x = sample_picture(model, schedule, given, known, num_steps, eta, generator)
+        else:
+            x = restore(given, known, answers[name], model.side)
+        mse = ((x - truth)[:, ~known] / 2).square().mean().item()
+        results[name] = dict(psnr=psnr(mse) if has_truth else None)
+        captions.append(f"{psnr(mse):.2f} dB" if has_truth else "")
+        row.append(x)
         print(f"{name:18}{captions[-1]:>10}{time.time() - start:8.1f} s", flush=True)
-    restored = ((row[-1] + 1) * 127.5).round().byte().cpu()
-    restored = torch.where(known.cpu(), image, restored).permute(1, 2, 0).expand(-1, -1, 3)
-    grey = bool((image == image[:1]).all())
-    restored = Image.fromarray(restored.numpy()).convert("L" if grey else "RGB")
+    known = known.cpu()
+    restored = torch.where(known, image, ((x + 1) * 127.5).round().byte().cpu())
+    grey = bool((image == image[:1])[:, known].all())
+    restored = Image.fromarray(restored.permute(1, 2, 0).expand(-1, -1, 3).numpy())
+    labels = ["given", *results]
     if has_truth:
         row.append(truth)
         captions.append("")
-    comparison = image_grid([[x / 2 + 0.5 for x in row]], ["given", *methods, "truth"][:len(row)],
-                            captions=[captions], zoom=max(1, 256 // max(known.shape)))
-    save_pictures(folder, {"restored.png": restored, "comparison.png": comparison})
+        labels.append("truth")
+    comparison = image_grid([[x / 2 + 0.5 for x in row]], labels, captions=[captions],
+                            zoom=max(1, 256 // max(known.shape)))
+    save_pictures(folder, {"restored.png": restored.convert("L") if grey else restored,
+                           "comparison.png": comparison})
     return results
 
 
 def save_pictures(folder, pictures):
-    """Save {file name: Pillow image} below a folder, and say where."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Save {file name: Pillow image} below a folder, all or none, and say where."""
     for name, picture in pictures.items():
-        picture.save(folder / name)
+        picture.save(folder / f".{name}")
+    for name in pictures:
+        (folder / f".{name}").replace(folder / name)
         print(f"picture: {folder / name}")
 
 
@@ -610,7 +628,7 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("checkpoint", nargs="?", type=Path, help="default: the newest below --out, or the bundled")
+    add("checkpoint", nargs="?", type=Path, help="default: newest below --out, else the bundled")
     add("--sampler", choices=["ddim", "ddpm"], help="default ddim; of --image the one-step mean")
     add("--steps", type=between(1, 10**6), help="of DDIM (default 50); DDPM takes all timesteps")
     add("--eta", type=between(0, 1, float), default=0.0, help="randomness of DDIM, 0 to 1")
@@ -640,12 +658,16 @@ def parse_arguments():
     if args.image and (args.sampler == "ddpm" or args.samples or args.full or args.gif
                        or args.scale > 1):
         parser.error("--image does not go with --sampler ddpm, --samples, --full, --gif, --scale")
+    if args.image and not args.sampler and (args.steps or args.eta):
+        parser.error("--steps and --eta with --image need --sampler ddim")
     return args
 
 
 def main():
     args, start = parse_arguments(), time.time()
     device, path = pick_device(args.device), args.checkpoint
+    if args.image and path is None:
+        path = SHIPPED
     if path is None:
         found = sorted(args.out.rglob("checkpoint.pt"), key=lambda file: file.stat().st_mtime)
         path = found[-1] if found else SHIPPED
@@ -670,6 +692,7 @@ def main():
         channels, side = (checkpoint["config"][key] for key in ("input_channels", "side"))
         schedule = DiffusionSchedule(**checkpoint["schedule"]).to(device)
         sampling = dict(num_steps=args.steps or min(50, schedule.num_timesteps), eta=args.eta)
+        schedule.timesteps(sampling["num_steps"])  # raises if there are too many
     if args.image:
         if kind != "nf":
             raise ValueError(f"--image needs a neural field, and {path} is an autoencoder")

@@ -1878,9 +1878,12 @@ def test_a_photograph_of_your_own():
         Image.fromarray(mask).save(root / "mask.png")
         Image.fromarray(np.dstack([photo, 255 - mask])).save(root / "holes.png")
         Image.fromarray(np.where(mask[..., None] > 0, 7, photo).astype("u1")).save(root / "a.png")
+        some = np.where(np.arange(90) < 40, 255 - mask, 255).astype("u1")  # a part is transparent
+        Image.fromarray(np.dstack([photo, some])).save(root / "some.png")
         out, image = restored("holes.png")
         assert " dB" not in out and (image == photo)[mask == 0].all()
         assert (image == restored(f"a.png --mask {root}/mask.png")[1]).all()
+        assert (image == restored(f"some.png --mask {root}/mask.png")[1]).all()  # either will do
         assert abs(image - photo)[20:30, 30:40].max() < 60  # 7 was not used
         # Grey stays grey; every second pixel of an enlarged picture is the picture.
         grey = data.make_glyphs(1, 0)[0][0, 0].numpy()
@@ -1893,16 +1896,28 @@ def test_a_photograph_of_your_own():
         Image.new("RGB", (1, 1)).save(root / "dot.png")
         Image.new("RGBA", (50, 50)).save(root / "nothing.png")
         (root / "cut.png").write_bytes((root / "holes.png").read_bytes()[:90])
+        Image.fromarray(np.full((40, 40), 0.5, np.float32)).save(root / "float.tif")
+        Image.new("L", (60, 90)).save(root / "black.png")
         before = (root / "out/nf/restored.png").read_bytes()
         for flags, *words in (
                 ("a.png --mask MASK/dot.png", "same size"), ("nothing.png", "no pixel"),
                 ("a.png --mask MASK/wide.png", "same size"), ("cut.png", "cut.png"),
                 ("a.png --mask MASK/dot.png --full", "--full"), (".", "picture"),
-                ("a.png --input-ratio 1.5", "--input-ratio"), ("none.png", "none.png")):
+                ("a.png --input-ratio 1.5", "--input-ratio"), ("none.png", "none.png"),
+                ("photo.jpg --mask MASK/black.png", "no pixel is missing"),
+                ("dot.png", "no pixel of the"), ("float.tif", "floating"),
+                ("wide.png --upscale 2", "512"), ("a.png --steps 5", "--sampler"),
+                ("a.png --sampler ddim --steps 1001", "1000")):
             flags = flags.replace("MASK", str(root))
             code, out, err = run(sample, f"{sample.SHIPPED} --out {root}/out --image "
                                          f"{root}/{flags}")
             assert code and all(word in err for word in words) and "Trace" not in err, (flags, err)
+        assert (root / "out/nf/restored.png").read_bytes() == before
+        (root / "out/nf/comparison.png").unlink()
+        (root / "out/nf/comparison.png").mkdir()  # cannot be replaced
+        os.mkdir(root / "out/nf/.comparison.png")
+        code, out, err = run(sample, f"{sample.SHIPPED} --out {root}/out --image {root}/grey.png")
+        assert code == 1 and "error: " in err
         assert (root / "out/nf/restored.png").read_bytes() == before
 
 
