@@ -500,7 +500,7 @@ def report_picture(model, schedule, image, known, has_truth, folder, sampler=Non
     device, generator = schedule.betas.device, torch.Generator().manual_seed(seed)
     truth, known = image.to(device).float() / 127.5 - 1, known.to(device)
     given = truth * known
-    print(f"{known.sum():,} of {known.numel():,} pixels given, seed {seed}")
+    print(f"{known.sum():,} of {known.numel():,} pixels given")
     answers = {"nearest": nearest, "kriging": kriging, "one-step mean":
                lambda split: one_step_mean(model, schedule, *where(split), generator)}
     results, row, captions = {}, [given], [f"{known.float().mean():.0%} of the pixels"]
@@ -628,7 +628,7 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("checkpoint", nargs="?", type=Path, help="default: newest below --out, else the bundled")
+    add("checkpoint", nargs="?", type=Path, help="default: newest below --out; --image: shipped")
     add("--sampler", choices=["ddim", "ddpm"], help="default ddim; of --image the one-step mean")
     add("--steps", type=between(1, 10**6), help="of DDIM (default 50); DDPM takes all timesteps")
     add("--eta", type=between(0, 1, float), default=0.0, help="randomness of DDIM, 0 to 1")
