@@ -12,14 +12,12 @@ y = x. After Vincent et al., "Extracting and Composing Robust Features with Deno
     python autoencoder.py                      # layers and parameters
     python train.py --model dae                # train one; --model ae is its control
     python autoencoder.py --exercise compare   # the lab: one of six exercises, or all
-    python autoencoder.py --exercise all --table assets/lab.md
 
 The class and train_autoencoder need only torch. The lab uses the files beside this one.
 """
 import argparse
 import json
 import math
-import shlex
 import sys
 from functools import partial
 from pathlib import Path
@@ -74,6 +72,9 @@ class DenoisingAutoencoder(nn.Module):
         return self.decode(latent).view_as(x), latent
 
 
+# -------------------------------------------------------------------------------------- training
+
+
 def warmup_cosine(step, steps, warmup):
     """Learning rate as a share of its peak: linear over the first `warmup` of the steps (a share,
     0 to 1), times half a cosine that falls to 0. Loshchilov & Hutter (2017), eq. 5."""
@@ -96,18 +97,18 @@ def batches(images, batch_size, steps, seed, first=0):
 
 
 def train_autoencoder(model, optimizer, images, corrupt, steps, batch_size, lr, seed, first=0,
-                      rows=slice(None)):
+                      shard=slice(None)):
     """The training loop: yields (steps done, loss) after each step. Vincent et al. (2008), sec. 2.
 
     images: float (N, D) in [0, 1]. corrupt: (images, generator) -> corrupted images; called for
     each batch, so the noise is always new. lr: the peak. seed: of order and noise. first: the
-    step to begin with. rows: those of the batch that this process takes.
+    step to begin with. shard: the rows of a batch that this process takes.
     """
     for step, index in batches(images, batch_size, steps, seed, first):
         generator = torch.Generator(images.device).manual_seed(seed * 1_000_003 + step)
         clean = images.index_select(0, index)  # twice as fast as images[index]
         noisy = corrupt(clean, generator)
-        loss = F.mse_loss(model(noisy[rows])[0], clean[rows])
+        loss = F.mse_loss(model(noisy[shard])[0], clean[shard])
         optimizer.zero_grad()
         loss.backward()
         optimizer.param_groups[0]["lr"] = lr * warmup_cosine(step, steps, 0.1)
@@ -149,13 +150,6 @@ CORRUPTIONS = ["clean", "gaussian 0.3", "salt_pepper 0.2", "masking 0.3"]
 
 
 @torch.no_grad()
-def test_error(model, images, text):
-    """Mean squared error against the clean images uint8 (N, ...) after the corruption `text`."""
-    clean = images.flatten(1).float() / 255
-    return F.mse_loss(model(corrupted(clean, text))[0], clean).item()
-
-
-@torch.no_grad()
 def report_autoencoder(model, images, folder, name, seed=0):
     """Print a table over CORRUPTIONS, draw folder/samples.png, return {corruption: figures}.
 
@@ -184,67 +178,56 @@ def report_autoencoder(model, images, folder, name, seed=0):
 # ----------------------------------------------------------------------------------- the lab
 
 # Each exercise takes models {corruption: [one for each seed]}, images float (N, 784) in [0, 1] and
-# labels int64 (N,). It returns figures {(row, column): [one for each seed]}, which are test MSE if
-# the column does not say otherwise, and the arguments of image_grid.
+# labels int64 (N,). It returns a table {row: {column: [number for each seed]}}, test MSE if the
+# column does not say otherwise, and the arguments of image_grid.
 
 
 def cross_test(tested_on, models, test, *_):
     """Every model on every corruption of the test images: does one skill transfer to another?"""
-    figures, rows = {}, []
+    table, rows = {f"trained on {text}": {} for text in models} | {"left alone": {}}, []
     for text in tested_on:
         noisy = corrupted(test, text)
-        shown = [test[0], noisy[0]]
+        table["left alone"][text] = [F.mse_loss(noisy, test).item()]
+        rows.append([test[0].view(1, 28, 28), noisy[0].view(1, 28, 28)])
         for trained_on, each_seed in models.items():
             restored = [model(noisy)[0] for model in each_seed]
-            row = f"trained on {trained_on}"
-            figures[row, text] = [F.mse_loss(x, test).item() for x in restored]
-            shown.append(restored[0][0])
-        figures["left alone", text] = [F.mse_loss(noisy, test).item()] * len(restored)
-        rows.append([x.view(1, 28, 28) for x in shown])
-    return figures, dict(rows=rows, column_labels=["truth", "input", *models],
-                         row_labels=tested_on)
+            table[f"trained on {trained_on}"][text] = [F.mse_loss(x, test).item() for x in restored]
+            rows[-1].append(restored[0][0].view(1, 28, 28))
+    return table, dict(rows=rows, column_labels=["truth", "input", *models], row_labels=tested_on)
 
 
 def linear_classifier(x, labels, classes=10):
-    """Logistic regression with the penalty |W|^2 / 2N: a function x (N, D) -> labels (N,).
+    """Ridge regression to one-hot labels: a function x (N, D) -> labels (N,).
 
-    x: float (N, D), labels: int64 (N,). All features share one scale, because dividing a
-    pixel that is almost always black by its own deviation would amplify its noise.
+    x: float (N, D), labels: int64 (N,). Minimises mean |A w - one_hot|^2 + 0.01 |w|^2 with
+    A = [x, 1], where all features of x are brought to mean 0 and one common scale.
     """
     shift, scale = x.mean(0), x.var(0).mean().sqrt() + 1e-8
-    x = (x - shift) / scale
-    layer = nn.Linear(x.shape[1], classes).to(x.device)
-    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=60, line_search_fn="strong_wolfe")
-
-    def loss():
-        optimizer.zero_grad()
-        value = F.cross_entropy(layer(x), labels) + layer.weight.square().sum() / (2 * len(x))
-        value.backward()
-        return value
-
-    optimizer.step(loss)
-    return lambda x: layer((x - shift) / scale).argmax(1)
+    add_one = lambda x: F.pad((x - shift) / scale, (0, 1), value=1)
+    A = add_one(x)
+    penalty = 0.01 * len(x) * torch.eye(A.shape[1], device=x.device)
+    w = torch.linalg.solve(A.T @ A + penalty, A.T @ F.one_hot(labels, classes).to(x))
+    return lambda x: (add_one(x) @ w).argmax(1)
 
 
 def features(models, test, test_labels, train, labels):
     """Correlation of the latents, accuracy of a linear classifier on them, first-layer filters."""
-    noisy, figures, mosaics = corrupted(test, "gaussian 0.3"), {}, []
-    counts = sorted({min(count, len(train)) for count in (100, 1000, len(train))})
-    encoders = {text: [model.encode for model in models[text]] for text in models}
-    encoders["pixels"] = [lambda images: images] * len(encoders["clean"])
+    noisy, table, mosaics = corrupted(test, "gaussian 0.3"), {}, []
+    encoders = {f"trained on {text}": [model.encode for model in models[text]] for text in models}
+    encoders["pixels"] = [nn.Identity()] * len(models["clean"])
     for row, each_seed in encoders.items():
+        columns = table[row] = {}
         for seed, encode in enumerate(each_seed):
             order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
             z, z_test, z_noisy = encode(train), encode(test), encode(noisy)
             r = torch.corrcoef(z_test.T).fill_diagonal_(math.nan).abs()
-            figures.setdefault((row, "mean absolute correlation"), []).append(r.nanmean().item())
-            for count in counts:
+            columns.setdefault("mean absolute correlation", []).append(r.nanmean().item())
+            for count in sorted({min(n, len(train)) for n in (100, 1000, len(train))}):
                 chosen = order[:count].to(z.device)
-                with torch.enable_grad():
-                    classify = linear_classifier(z[chosen].clone(), labels[chosen])
-                for column, x in (("clean", z_test), ("noisy", z_noisy)):
+                classify = linear_classifier(z[chosen], labels[chosen])
+                for name, x in (("clean", z_test), ("noisy", z_noisy)):
                     accuracy = (classify(x) == test_labels).float().mean().item()
-                    figures.setdefault((row, f"{count:,} labels, {column}"), []).append(accuracy)
+                    columns.setdefault(f"{count:,} labels, {name}", []).append(accuracy)
     for each_seed in models.values():  # the 64 most active of 256 units
         layer = each_seed[0].encoder[0]
         active = layer(test).relu().std(0).argsort(descending=True)[:64]
@@ -252,26 +235,26 @@ def features(models, test, test_labels, train, labels):
         weight = 0.5 + 0.5 * weight / weight.abs().amax(1, keepdim=True)
         tiles = F.pad(weight.view(8, 8, 28, 28), (0, 1, 0, 1), value=1)
         mosaics.append(tiles.transpose(1, 2).reshape(1, 8 * 29, 8 * 29))
-    return figures, dict(rows=[mosaics], zoom=2,
-                         column_labels=[f"trained on {text}" for text in models])
+    return table, dict(rows=[mosaics], zoom=2,
+                       column_labels=[f"trained on {text}" for text in models])
 
 
 def progressive(models, test, *_, passes=10):
     """Images under Gaussian 0.5 and masking 0.3 through the models again and again."""
-    first = corrupted(test, "gaussian 0.5 + masking 0.3")
-    figures, rows, each_seed = {}, [], models["gaussian 0.3"]
-    names = ["input", *(f"pass {i}" for i in range(1, passes + 1))]
+    first, table, rows = corrupted(test, "gaussian 0.5 + masking 0.3"), {}, []
     added = {"nothing added": "clean", "noise 0.1 added": "gaussian 0.1"}  # before each pass
     for column, text in added.items():
-        for model in each_seed:
-            passed, generator = [first], torch.Generator(test.device)
-            for _ in range(passes):
-                passed.append(model(corruption(text)(passed[-1], generator))[0])
-            for name, x in zip(names, passed):
-                figures.setdefault((name, column), []).append(F.mse_loss(x, test).item())
-            rows.append([x[0].view(1, 28, 28) for x in (test, *passed)])
-    return figures, dict(rows=rows[::len(each_seed)], column_labels=["truth", *names],
-                         row_labels=list(added), zoom=3)
+        for seed, model in enumerate(models["gaussian 0.3"]):
+            x, generator, shown = first, torch.Generator(test.device), [test[0], first[0]]
+            for i in range(passes + 1):
+                name = f"pass {i}" if i else "input"
+                numbers = table.setdefault(name, {}).setdefault(column, [])
+                numbers.append(F.mse_loss(x, test).item())
+                x = model(corruption(text)(x, generator))[0]
+                shown.append(x[0])
+            if seed == 0:
+                rows.append([x.view(1, 28, 28) for x in shown[:-1]])
+    return table, dict(rows=rows, column_labels=["truth", *table], row_labels=list(added), zoom=3)
 
 
 PAIR = ["clean", "gaussian 0.3"]  # the plain autoencoder and the denoiser
@@ -310,28 +293,19 @@ def train_models(texts, images, seeds, epochs, batch_size=512, lr=6e-3):
     return models
 
 
-def summary(figures):
-    """{(row, column): numbers} -> {row: {column: [mean, standard deviation]}}."""
-    table = {}
-    for (row, column), numbers in figures.items():
-        x = torch.tensor(numbers)
-        std = x.std(correction=min(1, len(x) - 1))
-        table.setdefault(row, {})[column] = [x.mean().item(), std.item()]
-    return table
-
-
 def markdown(table):
-    """The table of `summary` as markdown, padded so that it can be read as it is."""
-    cells = [["", *next(iter(table.values()))]]
-    for row, values in table.items():
-        cells.append([row, *(f"{mean:.4f} ± {std:.4f}" for mean, std in values.values())])
-    widths = [max(len(cell) for cell in column) for column in zip(*cells)]
-    cells.insert(1, ["-" * width for width in widths])
-    return "".join("| " + " | ".join(map(str.ljust, row, widths)) + " |\n" for row in cells)
+    """{row: {column: numbers}} as a markdown table of mean ± standard deviation."""
+    lines = [["", *next(iter(table.values()))]]
+    lines.append(["---"] * len(lines[0]))
+    for row, columns in table.items():
+        cells = [torch.tensor(numbers) for numbers in columns.values()]
+        lines.append([row, *(f"{x.mean():.4f} ± {x.std(correction=min(1, len(x) - 1)):.4f}"
+                             for x in cells)])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def lab(args):
-    """Train what the exercises need, then print their tables and draw their pictures."""
+    """Train what the exercises need, print their tables, write them to lab.md, draw pictures."""
     from data import image_grid, load_dataset
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name, images, labels = load_dataset(args.data, args.data_dir, train=True, real="mnist")
@@ -342,27 +316,26 @@ def lab(args):
     labels, test_labels = labels.to(device).long(), test_labels.to(device).long()
     exercises = list(EXERCISES) if args.exercise == "all" else [args.exercise]
     args.out.mkdir(parents=True, exist_ok=True)
-    needed = list(dict.fromkeys(text for e in exercises for text in EXERCISES[e][0]))
-    models = train_models(needed, images, args.seeds, args.epochs, args.batch_size)
-    results = dict(data=name, seeds=args.seeds, epochs=args.epochs)
-    report = (f"Data: {name}. Seeds: {args.seeds}. Epochs: {args.epochs}. Test MSE, mean ± "
-              f"standard deviation. `python autoencoder.py {shlex.join(sys.argv[1:])}`\n")
+    texts = dict.fromkeys(text for exercise in exercises for text in EXERCISES[exercise][0])
+    models = train_models(texts, images, args.seeds, args.epochs, args.batch_size)
+    tables = {}
+    report = (f"`python autoencoder.py --exercise {args.exercise}` on {name}: test MSE after "
+              f"{args.epochs} epochs, mean ± standard deviation of {args.seeds} seeds.\n")
     for exercise in exercises:
         trained_on, function = EXERCISES[exercise]
         with torch.no_grad():
-            figures, grid = function({text: models[text] for text in trained_on}, test,
-                                     test_labels, images, labels)
-        results[exercise] = summary(figures)
-        section = f"\n## {exercise}\n\n{markdown(results[exercise])}"
+            tables[exercise], grid = function({text: models[text] for text in trained_on}, test,
+                                              test_labels, images, labels)
+        section = f"\n## {exercise}\n\n{markdown(tables[exercise])}"
         report += section
         picture = args.out / f"autoencoder-{exercise}.png"
         image_grid(**grid).save(picture)
         print(f"{section}\npicture: {picture}")
-    for path, text in ((args.json, json.dumps(results, indent=1) + "\n"), (args.table, report)):
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-            print(f"figures: {path}")
+    (args.out / "lab.md").write_text(report, encoding="utf-8")
+    print(f"tables: {args.out / 'lab.md'}")
+    if args.json:
+        args.json.write_text(json.dumps(tables, indent=1) + "\n")
+        print(f"figures: {args.json}")
 
 
 def main():
@@ -375,9 +348,8 @@ def main():
     add("--batch-size", type=int, default=512)
     add("--data", default="auto", help="auto, mnist, glyphs or a folder")
     add("--data-dir", type=Path, default=Path("data"), help="where data sets are")
-    add("--out", type=Path, default=Path("out"), help="folder for the pictures")
-    add("--table", type=Path, metavar="FILE", help="write the tables as markdown")
-    add("--json", type=Path, metavar="FILE", help="write the tables as JSON")
+    add("--out", type=Path, default=Path("out"), help="folder for the tables and pictures")
+    add("--json", type=Path, metavar="FILE", help="write the numbers of each seed as JSON")
     args = parser.parse_args()
     if min(args.seeds, args.epochs, args.batch_size) < 1:
         parser.error("--seeds, --epochs and --batch-size must be at least 1")

@@ -144,28 +144,18 @@ def make_leaves(count, seed):
 
 
 def make_glyphs(count, seed):
-    """Digits of Pillow's font with a random stroke, rotation, scale and shift.
+    """Digits of Pillow's font of random size, stroke, place and rotation.
 
     Returns (images uint8 (count, 1, 28, 28), labels uint8 0 to 9), a function of count and seed.
     """
-    rng, digits = np.random.default_rng(seed), {}
-    for digit in range(10):
-        for stroke in range(3):
-            image = digits[digit, stroke] = Image.new("L", (40, 40))
-            ImageDraw.Draw(image).text((20, 20), str(digit), fill=255, font_size=30,
-                                       anchor="mm", stroke_width=stroke / 2)
-    labels, strokes = rng.integers(0, 10, count), rng.integers(0, 3, count)
-    angles, shifts = rng.uniform(-0.35, 0.35, count), rng.uniform(-2.5, 2.5, (count, 2))
-    scales = rng.uniform(1.0, 1.56, (count, 1)) * rng.uniform(0.9, 1.1, (count, 2))
-    images = np.empty((count, 1, 28, 28), np.uint8)
-    for i, (angle, (sx, sy), shift) in enumerate(zip(angles, scales, shifts)):
-        cos, sin = math.cos(angle), math.sin(angle)
-        a, b, d, e = sx * cos, sx * sin, -sy * sin, sy * cos
-        x, y = 14 + shift
-        matrix = (a, b, 20 - a * x - b * y, d, e, 20 - d * x - e * y)  # to the 40 x 40 picture
-        images[i, 0] = digits[labels[i], strokes[i]].transform(
-            (28, 28), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
-    return torch.from_numpy(images), torch.from_numpy(labels.astype(np.uint8))
+    rng, fonts = np.random.default_rng(seed), [ImageFont.load_default(n) for n in range(20, 31)]
+    images, labels = np.empty((count, 1, 28, 28), np.uint8), rng.integers(0, 10, count, np.uint8)
+    for image, label in zip(images, labels):
+        digit, place = Image.new("L", (28, 28)), 14 + rng.uniform(-2.5, 2.5, 2)
+        ImageDraw.Draw(digit).text(place, str(label), 255, fonts[rng.integers(11)], anchor="mm",
+                                   stroke_width=rng.integers(3) / 2)
+        image[0] = digit.rotate(rng.uniform(-20, 20), Image.Resampling.BICUBIC)
+    return torch.from_numpy(images), torch.from_numpy(labels)
 
 
 def open_picture(path):
@@ -327,10 +317,9 @@ def main():
     name, images, _ = load_dataset(args.data, args.data_dir, train=False)
     torch.manual_seed(args.seed % 2**32)
     split = sparse_split(images[:8])
-    image = split["full_image"]
-    given = scatter_pixels(split["input_indices"], split["input_values"], image.shape)
-    query = scatter_pixels(split["output_indices"], split["output_values"], image.shape)
-    rows = [list(x / 2 + 0.5) for x in (image, given, query)]
+    parts = [scatter_pixels(split[f"{part}_indices"], split[f"{part}_values"],
+                            split["full_image"].shape) for part in ("input", "output")]
+    rows = [list(x / 2 + 0.5) for x in (split["full_image"], *parts)]
     args.out.mkdir(parents=True, exist_ok=True)
     image_grid(rows, row_labels=["image", "input", "output"]).save(args.out / "data.png")
     print(f"{name}: {len(images):,} test images {tuple(images.shape[1:])}; see {args.out}/data.png")

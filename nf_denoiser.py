@@ -129,46 +129,41 @@ class Block(nn.Module):
 
 
 class PerceiverIO(nn.Module):
-    """A set of (coordinate, value) pairs in, values at any coordinates out. Perceiver IO, fig. 2.
+    """A set of vectors in, an answer for each query out. Perceiver IO (Jaegle et al.), fig. 2.
 
-    The cost is that of num_latents * (N_in + N_out) attention weights, not N_in * N_out.
+    Latents read the inputs (encoder), then themselves (processor); queries read the latents
+    (decoder). The cost is that of num_latents * (N + M) attention weights, not N * M.
     Raises ValueError if latent_dim is not a multiple of num_heads.
     """
 
-    def __init__(self, input_channels=3, output_channels=3, num_latents=512, latent_dim=512,
-                 num_fourier_feats=256, num_blocks=6, num_heads=8, dropout=0.1):
+    def __init__(self, input_dim, query_dim, output_dim, num_latents=512, latent_dim=512,
+                 num_blocks=6, num_heads=8, dropout=0.1):
         super().__init__()
-        self.fourier = FourierFeatures(num_fourier_feats)
-        self.embed_coords = nn.Linear(2 * num_fourier_feats, latent_dim)
-        self.embed_values = nn.Linear(input_channels, latent_dim)
+        self.embed_inputs = nn.Linear(input_dim, latent_dim)
+        self.embed_queries = nn.Linear(query_dim, latent_dim)
         self.latents = nn.Parameter(torch.randn(num_latents, latent_dim) * 0.02)
         self.encoder = Block(latent_dim, num_heads, dropout, cross=True)
         self.processor = nn.ModuleList(Block(latent_dim, num_heads, dropout)
                                        for _ in range(num_blocks))
         self.decoder = Block(latent_dim, num_heads, dropout, cross=True)
         self.norm_out = nn.LayerNorm(latent_dim)
-        self.to_values = nn.Linear(latent_dim, output_channels)
+        self.to_values = nn.Linear(latent_dim, output_dim)
 
-    def tokens(self, coords, values=None):
-        """coords (B, N, 2) in [0, 1], values (B, N, input_channels) -> (B, N, latent_dim)."""
-        token = self.embed_coords(self.fourier(coords))
-        return token if values is None else token + self.embed_values(values)
+    def forward(self, inputs, queries, query_bias=None):
+        """inputs (B, N, input_dim), queries (B, M, query_dim) -> (B, M, output_dim).
 
-    def attend(self, tokens, queries, bias=None):
-        """The latents read tokens (B, N, dim), queries (B, N_out, dim) read the latents.
-
-        bias: (B, 1, 1, N), added to the encoder's attention logits, or None.
-        Returns (B, N_out, output_channels).
+        query_bias (B, 1, 1): if given, the latents read the queries, too, and this is added to
+        their attention logits.
         """
-        latents = self.latents.expand(len(tokens), -1, -1)
-        latents = self.encoder(latents, tokens, bias)
+        tokens, queries, bias = self.embed_inputs(inputs), self.embed_queries(queries), None
+        if query_bias is not None:
+            bias = F.pad(query_bias.expand(-1, 1, queries.shape[1]), (tokens.shape[1], 0))
+            bias = bias[:, None]                                             # (B, 1, 1, N + M)
+            tokens = torch.cat([tokens, queries], dim=1)                     # (B, N + M, dim)
+        latents = self.encoder(self.latents.expand(len(tokens), -1, -1), tokens, bias)
         for block in self.processor:
             latents = block(latents)
         return self.to_values(self.norm_out(self.decoder(queries, latents)))
-
-    def forward(self, input_coords, input_values, output_coords):
-        """(B, N_in, 2), (B, N_in, input_channels), (B, N_out, 2) -> (B, N_out, output_channels)."""
-        return self.attend(self.tokens(input_coords, input_values), self.tokens(output_coords))
 
 
 # ------------------------------------------------------------------------------ Gaussian field
@@ -200,9 +195,9 @@ class GaussianField(nn.Module):
     """Posterior mean of an image, given clean and noisy pixels, if it were a Gaussian field.
 
     Prior of channel c: the mean of its input pixels, plus a field with the covariance
-    variance_c * covariance. Observed: the input pixels, and x_t = sqrt(alpha_bar) x_0 +
-    sqrt(1 - alpha_bar) eps at the output pixels. Then E[x_0 | x_in, x_t] is linear algebra:
-    Rasmussen & Williams (2006), eq. 2.25 and 2.26. Without x_t this is kriging.
+    variance_c * covariance. Observed are the input pixels, x_0 itself, and the output pixels,
+    x_t / sqrt(alpha_bar) = x_0 + noise of variance (1 - alpha_bar) / alpha_bar. So E[x_0 | x_in,
+    x_t] is a linear system: Rasmussen & Williams (2006), eq. 2.25. Without x_t this is kriging.
 
     covariance: (P, P) between the P = side * side pixels of the image, mean of the diagonal 1.
     """
@@ -220,40 +215,31 @@ class GaussianField(nn.Module):
         Returns (posterior_mean (B, C, P), variance (B, 1, C) of each channel's prior).
         Raises torch.linalg.LinAlgError (a RuntimeError) if the covariance is not positive.
         """
-        rows_in = self.covariance[input_indices]                             # (B, N_in, P)
-        K_in = pick(rows_in, input_indices)                                  # (B, N_in, N_in)
-        K_in.diagonal(dim1=1, dim2=2).add_(self.jitter)
-        L = torch.linalg.cholesky(K_in)
-        mean = input_values.mean(dim=1, keepdim=True)                        # (B, 1, C)
-        centred = input_values - mean
-        weights = torch.cholesky_solve(centred, L)                           # (B, N_in, C)
+        indices, mean = input_indices, input_values.mean(dim=1, keepdim=True)
+        y = input_values - mean                                              # (B, N, C)
+        K = self.covariance[indices[:, :, None], indices[:, None, :]]        # (B, N, N)
+        K.diagonal(dim1=1, dim2=2).add_(self.jitter)
+        weights = torch.cholesky_solve(y, torch.linalg.cholesky(K))          # (B, N, C)
         # maximum likelihood, y^T K^-1 y / N; two pixels of variance 0.05 are added as a prior
-        count = input_values.shape[1]
-        variance = ((centred * weights).sum(1, keepdim=True) + 2 * 0.05) / (count + 2)
-        posterior_mean = mean + rows_in.mT @ weights                         # (B, P, C), eq. 2.25
-        if x_t is None:
-            return posterior_mean.mT, variance
+        variance = ((y * weights).sum(dim=1, keepdim=True) + 2 * 0.05) / (y.shape[1] + 2)
 
-        # condition on x_t as well, starting from the posterior given the inputs
-        rows_out = self.covariance[output_indices]                           # (B, N_out, P)
-        L_inv_K = torch.linalg.solve_triangular(L, pick(rows_in, output_indices), upper=False)
-        posterior_cov = pick(rows_out, output_indices) - L_inv_K.mT @ L_inv_K     # eq. 2.26
-        channels = x_t.shape[2]
-        system = (alpha_bar * posterior_cov)[:, None].repeat(1, channels, 1, 1)
-        noise = (1 - alpha_bar) / variance                                   # (B, 1, C)
-        system.diagonal(dim1=2, dim2=3).add_(noise.mT)                       # (B, C, N_out, N_out)
-        at_outputs = output_indices[:, :, None].expand(-1, -1, channels)
-        innovation = x_t - alpha_bar.sqrt() * posterior_mean.gather(1, at_outputs)
-        innovation = (alpha_bar.sqrt() * innovation).mT[..., None]           # (B, C, N_out, 1)
-        correction = torch.cholesky_solve(innovation, torch.linalg.cholesky(system))[..., 0].mT
-        explained = torch.linalg.solve_triangular(L.mT, L_inv_K @ correction, upper=True)
-        posterior_mean = posterior_mean + rows_out.mT @ correction - rows_in.mT @ explained
-        return posterior_mean.mT, variance
+        if x_t is not None:  # the same with N = N_in + N_out pixels, whose noise is known
+            noise = (1 - alpha_bar) / (alpha_bar * variance)                 # in units of K
+            noise = torch.cat([torch.full_like(y, self.jitter), noise.expand_as(x_t)], dim=1)
+            y = torch.cat([y, x_t / alpha_bar.sqrt() - mean], dim=1)
+            indices = torch.cat([indices, output_indices], dim=1)
+            K = self.covariance[indices[:, :, None], indices[:, None, :]]
+            K = K[:, None].repeat(1, y.shape[2], 1, 1)                       # (B, C, N, N)
+            K.diagonal(dim1=2, dim2=3).add_(noise.mT)
+            weights = torch.cholesky_solve(y.mT[..., None], torch.linalg.cholesky(K))[..., 0].mT
+        image = scatter(indices, weights, len(self.covariance))              # (B, C, P)
+        return mean.mT + image @ self.covariance, variance                   # eq. 2.25
 
 
-def pick(rows, indices):
-    """The columns `indices` (B, M) of rows (B, N, P): (B, N, M)."""
-    return rows.gather(2, indices[:, None, :].expand(-1, rows.shape[1], -1))
+def scatter(indices, values, pixels):
+    """Values (B, N, C) at indices (B, N) of an image, 0 elsewhere: (B, C, pixels)."""
+    image = values.new_zeros(len(values), values.shape[2], pixels)
+    return image.scatter(2, indices[:, None].expand(-1, values.shape[2], -1), values.mT)
 
 
 # ---------------------------------------------------------------------------------------- U-Net
@@ -296,72 +282,67 @@ class UNet(nn.Module):
 class NFDenoiser(nn.Module):
     """The neural field: clean values of noisy output pixels, given clean input pixels.
 
-    alphas_cumprod: (T,), from the DiffusionSchedule that x_t is made with. parts: which of PARTS.
-    side: height and width of the training images. widths: of the U-Net.
+    alphas_cumprod: (T,), from the DiffusionSchedule that x_t is made with. channels: of an image.
+    parts: which of PARTS. widths: of the U-Net. side: height and width of the training images.
     covariance: pixel_covariance of the training images; None is exponential_covariance(side).
-    perceiver: the other arguments of PerceiverIO. Raises ValueError for parts, channels or a side
-    that do not work, and as PerceiverIO does.
+    perceiver: the sizes of PerceiverIO. Raises ValueError for parts or a side that do
+    not work, and as PerceiverIO does.
     """
 
-    def __init__(self, alphas_cumprod, input_channels=3, output_channels=3, parts=PARTS,
-                 widths=(96, 192, 384), side=32, covariance=None, **perceiver):
+    def __init__(self, alphas_cumprod, channels=3, parts=PARTS, widths=(96, 192, 384), side=32,
+                 covariance=None, num_fourier_feats=256, **perceiver):
         super().__init__()
         if not parts or set(parts) - set(PARTS):
             raise ValueError(f"parts must be one or more of {', '.join(PARTS)}, got {parts}")
-        if input_channels != output_channels or side % 2 ** (len(widths) - 1):
-            raise ValueError(f"needs as many channels in as out and a side divisible by "
-                             f"{2 ** (len(widths) - 1)}, got {input_channels} and "
-                             f"{output_channels} channels, side {side}")
+        if side % 2 ** (len(widths) - 1):
+            raise ValueError(f"side must be divisible by {2 ** (len(widths) - 1)}, got {side}")
         self.side, self.field, self.unet, self.perceiver = side, None, None, None
         self.register_buffer("alphas_cumprod", alphas_cumprod.detach().float().cpu())
         if "field" in parts:
             self.field = GaussianField(exponential_covariance(side) if covariance is None
                                        else covariance.detach().float().cpu())
         if "unet" in parts:
-            self.unet = UNet(input_channels + 3, widths)
-            self.unet_to_values = nn.Linear(widths[0], output_channels)
+            self.unet = UNet(channels + 3, widths)
+            self.unet_to_values = nn.Linear(widths[0], channels)
             nn.init.normal_(self.unet_to_values.weight, std=0.01)  # start near the mean
         if "perceiver" in parts:
-            self.perceiver = PerceiverIO(input_channels, output_channels, **perceiver)
-            latent_dim = self.perceiver.latents.shape[1]
+            self.fourier = FourierFeatures(num_fourier_feats)
+            self.embed_time = SinusoidalTimeEmbedding(64)
+            input_dim = 2 * num_fourier_feats + channels + 64
+            query_dim = input_dim + (widths[0] if self.unet else 0)
+            self.perceiver = PerceiverIO(input_dim, query_dim, channels, **perceiver)
             nn.init.normal_(self.perceiver.to_values.weight, std=0.01)
-            self.marker = nn.Parameter(torch.randn(2, latent_dim) * 0.02)  # 0: input, 1: output
-            self.embed_time = nn.Sequential(SinusoidalTimeEmbedding(128),
-                                            nn.Linear(128, latent_dim), nn.ReLU(),
-                                            nn.Linear(latent_dim, latent_dim))
-            if "unet" in parts:
-                self.embed_features = nn.Linear(widths[0], latent_dim)
         # columns: brightness, red against blue, green against both; orthonormal
         colours = torch.tensor([[1.0, 1, 1], [1, 0, -2], [1, -1, 1]])
-        colours = colours / colours.norm(dim=0)
-        self.register_buffer("colours", colours if input_channels == 3 else
-                             torch.eye(input_channels), persistent=False)
+        colours = colours / colours.norm(dim=0) if channels == 3 else torch.eye(channels)
+        self.register_buffer("colours", colours, persistent=False)
 
-    def forward(self, noisy_output_values, output_coords, t, input_coords, input_values,
-                pure_noise=False):
+    def forward(self, noisy_output_values, output_coords, t, input_coords, input_values):
         """Predict the clean output values x_0. DDPM's network, for x_0 instead of eps.
 
-        noisy_output_values: x_t (B, N_out, C). output_coords (B, N_out, 2), input_coords
-        (B, N_in, 2): clamped to [0, 1]; for the field and the U-Net, given pixels are moved to
-        the nearest grid point. t: int64 (B,) in 0..T-1. input_values: (B, N_in, C) in [-1, 1],
-        clean. pure_noise: x_t carries no information (t = T - 1), so the field need not condition
-        on it. Returns x_0_hat (B, N_out, C). Raises ValueError for other shapes or N_in = 0.
+        noisy_output_values: x_t (B, N_out, C); or None for pure noise (t = T - 1), so that nothing
+        is computed from it. output_coords (B, N_out, 2), input_coords (B, N_in, 2): clamped to
+        [0, 1]; for the field and the U-Net, given pixels are moved to the nearest grid point.
+        t: int64 (B,) in 0..T-1. input_values: (B, N_in, C) in [-1, 1], clean.
+        Returns x_0_hat (B, N_out, C). Raises ValueError for other shapes or N_in = 0.
         """
-        (B, N_out, C), N_in = noisy_output_values.shape, input_coords.shape[1]
-        shapes = [tuple(x.shape) for x in (output_coords, t, input_coords, input_values)]
-        needed = [(B, N_out, 2), (B,), (B, N_in, 2), (B, N_in, len(self.colours))]
+        (B, N_out, _), N_in, C = output_coords.shape, input_coords.shape[1], len(self.colours)
+        pure_noise = noisy_output_values is None
+        x_t = output_coords.new_zeros(B, N_out, C) if pure_noise else noisy_output_values
+        shapes = [tuple(x.shape) for x in (x_t, output_coords, t, input_coords, input_values)]
+        needed = [(B, N_out, C), (B, N_out, 2), (B,), (B, N_in, 2), (B, N_in, C)]
         if N_in < 1 or shapes != needed:
-            raise ValueError(f"output_coords, t, input_coords, input_values must have the shapes "
-                             f"{needed} with at least one input pixel, got {shapes}")
+            raise ValueError(f"x_t, output_coords, t, input_coords, input_values need the shapes "
+                             f"{needed} and at least one input pixel, got {shapes}")
         input_coords, output_coords = input_coords.clamp(0, 1), output_coords.clamp(0, 1)
         alpha_bar = self.alphas_cumprod[t][:, None, None]                    # (B, 1, 1)
         exact = torch.autocast(t.device.type, enabled=False)  # linear algebra needs float32
 
         # prior: mean and standard deviation of x_0, and what the U-Net sees
         with exact, torch.no_grad():
-            x_t, x_in = noisy_output_values @ self.colours, input_values @ self.colours
-            mean_image, std, image = self.prior(x_t, output_coords, alpha_bar, input_coords, x_in,
-                                                pure_noise)
+            x_t, x_in = x_t @ self.colours, input_values @ self.colours
+            mean_image, std, image = self.prior(None if pure_noise else x_t, output_coords,
+                                                alpha_bar, input_coords, x_in)
             mean = read_at(mean_image, output_coords)                        # (B, N_out, C)
         answer = torch.zeros_like(mean)
         if self.unet:
@@ -370,46 +351,41 @@ class NFDenoiser(nn.Module):
 
         if self.perceiver:
             # query: coordinates, x_t scaled by sqrt(alpha_bar), time, the U-Net's features
-            time = self.embed_time(t)[:, None, :]                            # (B, 1, dim)
-            tokens = self.perceiver.tokens(input_coords, x_in) + self.marker[0] + time
-            query = self.perceiver.tokens(output_coords, alpha_bar.sqrt() * x_t)
-            query = query + self.marker[1] + time
-            if self.unet:
-                query = query + self.embed_features(features)
-            # attention: bias log(alpha_bar) down-weights noisy tokens
-            bias = None
-            if not pure_noise:
-                tokens = torch.cat([tokens, query], dim=1)               # (B, N_in + N_out, dim)
-                bias = alpha_bar.log().expand(-1, 1, query.shape[1])
-                bias = F.pad(bias, (input_coords.shape[1], 0))[:, None]      # 0 for the inputs
-            answer = answer + self.perceiver.attend(tokens, query, bias)
+            time = self.embed_time(t)[:, None, :]                            # (B, 1, 64)
+            inputs = [self.fourier(input_coords), x_in, time.expand(-1, N_in, -1)]
+            query = [self.fourier(output_coords), alpha_bar.sqrt() * x_t,
+                     time.expand(-1, N_out, -1), *([features] if self.unet else [])]
+            # attention: the bias log(alpha_bar) down-weights noisy pixels
+            answer = answer + self.perceiver(torch.cat(inputs, dim=2), torch.cat(query, dim=2),
+                                             None if pure_noise else alpha_bar.log())
         with exact:
             return (mean + std * answer.float()) @ self.colours.T
 
-    def prior(self, x_t, output_coords, alpha_bar, input_coords, x_in, pure_noise):
+    def prior(self, x_t, output_coords, alpha_bar, input_coords, x_in):
         """What is known before any learning; arguments as in forward, colours rotated.
 
         Returns the mean image (B, C, side, side), the standard deviation (B, 1, C) of the
         residual, and the U-Net's input (B, C + 3, side, side): the mean image (without a field the
         pixels themselves), where there are input pixels and noisy pixels, and the noise level.
         """
-        inputs, outputs = (self.grid_index(coords) for coords in (input_coords, output_coords))
+        inputs, outputs = self.grid_index(input_coords), self.grid_index(output_coords)
         if self.field:
-            noisy = () if pure_noise else (outputs, x_t, alpha_bar)
-            mean_image, variance = self.field(inputs, x_in, *noisy)
+            mean_image, variance = self.field(inputs, x_in, outputs, x_t, alpha_bar)
             residual = 0.07 * variance  # about what 20% of the pixels leave unexplained
             seen = mean_image - x_in.mean(1)[..., None]
         else:
             mean_image = x_in.mean(1)[..., None].expand(-1, -1, self.side**2)
             variance = residual = torch.full_like(x_in[:, :1], 0.25)
-            seen = self.scatter(torch.cat([inputs, outputs], dim=1),
-                                torch.cat([x_in, alpha_bar.sqrt() * x_t], dim=1))
+            seen = scatter(inputs, x_in, self.side**2)
+            if x_t is not None:
+                seen = seen + scatter(outputs, alpha_bar.sqrt() * x_t, self.side**2)
         # variance of x_0 given x_t, for a Gaussian with the variance `residual`
         std = (residual * (1 - alpha_bar) / (alpha_bar * residual + 1 - alpha_bar)).sqrt()
-        image = torch.cat([seen / variance.sqrt().mT,
-                           self.scatter(inputs, torch.ones_like(x_in[..., :1])),
-                           self.scatter(outputs, alpha_bar.expand(-1, x_t.shape[1], 1)),
-                           alpha_bar.sqrt().expand(-1, 1, self.side**2)], dim=1)
+        image = torch.cat([
+            seen / variance.sqrt().mT,
+            scatter(inputs, torch.ones_like(x_in[..., :1]), self.side**2),
+            scatter(outputs, alpha_bar.expand(-1, outputs.shape[1], 1), self.side**2),
+            alpha_bar.sqrt().expand(-1, 1, self.side**2)], dim=1)
         as_image = lambda x: x.unflatten(2, (self.side, self.side))
         return as_image(mean_image), std, as_image(image)
 
@@ -417,11 +393,6 @@ class NFDenoiser(nn.Module):
         """The nearest pixel y * side + x of coords (B, N, 2) in [0, 1]: int64 (B, N)."""
         x, y = (coords * (self.side - 1)).round().long().unbind(-1)
         return y * self.side + x
-
-    def scatter(self, indices, values):
-        """Values (B, N, C) at indices (B, N), 0 elsewhere: (B, C, side * side)."""
-        image = values.new_zeros(len(values), values.shape[2], self.side**2)
-        return image.scatter(2, indices[:, None].expand(-1, values.shape[2], -1), values.mT)
 
 
 def read_at(image, coords):

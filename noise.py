@@ -8,11 +8,13 @@ one: Vincent et al., "Stacked Denoising Autoencoders" (JMLR 2010), section 3.3.
 This file needs only torch, numpy and Pillow: copy it anywhere.
 """
 import argparse
+import math
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 
@@ -76,6 +78,35 @@ def _check(images, strength, name, highest):
 def _uniform_per_pixel(images, generator):
     shape = (len(images), 1, *images.shape[2:]) if images.dim() == 4 else images.shape
     return torch.rand(shape, generator=generator, device=images.device)
+
+
+def psnr(mse):
+    """Peak signal-to-noise ratio in dB, -10 log10(mse), of values in [0, 1]; 100 at the most."""
+    return -10 * math.log10(max(mse, 1e-10))
+
+
+def ssim(a, b):
+    """Structural similarity of images (B, C, H, W) in [0, 1]: (B,). Wang et al. (2004), eq. 13.
+
+    Gaussian window of 11 x 11, sigma 1.5, where it fits; mean over places and channels.
+    Raises ValueError for images below 11 x 11 or of different shapes.
+    """
+    if a.shape != b.shape or min(a.shape[-2:]) < 11:
+        raise ValueError(f"SSIM needs two batches of one shape, at least 11 x 11; got "
+                         f"{tuple(a.shape)} and {tuple(b.shape)}")
+    batch = len(a)
+    # on the CPU in float64, because a variance is a small difference of large numbers
+    a, b = (x.flatten(0, 1)[:, None].cpu().double() for x in (a, b))
+    window = torch.exp(-((torch.arange(11, dtype=torch.float64) - 5) ** 2) / (2 * 1.5**2))
+    window = window[:, None] * window / window.sum() ** 2
+    blur = lambda x: F.conv2d(x, window[None, None])
+    mean_a, mean_b = blur(a), blur(b)
+    var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
+    covariance = blur(a * b) - mean_a * mean_b
+    c1, c2 = 0.01**2, 0.03**2
+    score = ((2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+             / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2)))
+    return score.view(batch, -1).mean(1)
 
 
 # name on the command line: (function, default strength)

@@ -1,11 +1,11 @@
-"""The arithmetic of diffusion: how clean data becomes noise, and how to take one step back.
+"""The arithmetic of diffusion: how clean data becomes noise, and how to come back step by step.
 
 Forward process   x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps,    eps ~ N(0, I)
                   alpha_t = 1 - beta_t,   alpha_bar_t = alpha_0 alpha_1 ... alpha_t
 Reverse process   a network predicts x_0 from x_t; ddim_step or ddpm_step makes x_t less noisy
 Timesteps         0 (almost clean) to T - 1 (almost pure noise); -1: clean data, alpha_bar = 1
 
-    python schedule.py                     # beta_t, alpha_bar_t and x_t's weights: out/schedule.png
+    python schedule.py                     # alpha_bar_t of both schedules: out/schedule.png
 
 DDPM: Ho et al. (2020, arXiv 2006.11239). DDIM: Song et al. (2021, arXiv 2010.02502). Improved
 DDPM: Nichol & Dhariwal (2021, arXiv 2102.09672). Needs only torch and Pillow: copy it anywhere.
@@ -74,9 +74,9 @@ class DiffusionSchedule:
 
     def to(self, device):
         """Move the constants to `device` (as float32 to "mps", which has no float64)."""
+        dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
         for name, value in vars(self).items():
             if isinstance(value, torch.Tensor):
-                dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
                 setattr(self, name, value.to(device, dtype))
         return self
 
@@ -132,11 +132,56 @@ def _at(constant, t, x):
     return value if value.dim() == 0 else value.view(-1, *[1] * (x.dim() - 1))
 
 
-def line_chart(title, curves, log_y=False):
-    """A 460 x 320 picture. curves: {label: (xs, ys)}, finite numbers; with log_y positive ys."""
-    scale, scale_back = (math.log10, lambda y: 10**y) if log_y else (float, float)
-    points = {label: [(x, scale(y)) for x, y in zip(*curve)] for label, curve in curves.items()}
-    all_x, all_y = zip(*sum(points.values(), []))
+@torch.no_grad()
+def ddim_sample(model, schedule, output_coords, input_coords, input_values, num_steps=50, eta=0.0,
+                generator=None, on_step=None):
+    """Denoise Gaussian noise at output_coords step by step. DDIM, eq. 12.
+
+    model(x_t, output_coords, t, input_coords, input_values) -> x_0_hat. output_coords
+    (B, N_out, 2), input_coords (B, N_in, 2), input_values (B, N_in, C) in [-1, 1]. eta: 0 is
+    deterministic given the first noise, 1 as random as DDPM. on_step(t, x_t, x_0_hat) is called
+    before each step. Returns (B, N_out, C), not clamped. Raises ValueError for num_steps outside
+    1..T or eta outside [0, 1].
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must be between 0 and 1, got {eta}")
+    timesteps = schedule.timesteps(num_steps).tolist()
+    x_t = _randn(output_coords, input_values, generator)
+    for t, t_next in zip(timesteps, [*timesteps[1:], -1]):
+        t_batch = torch.full((len(x_t),), t, device=x_t.device)
+        x_0 = model(x_t, output_coords, t_batch, input_coords, input_values)
+        if on_step:
+            on_step(t, x_t, x_0)
+        noise = _randn(output_coords, input_values, generator)
+        x_t = schedule.ddim_step(x_t, x_0, t, t_next, eta, noise)
+    return x_t
+
+
+@torch.no_grad()
+def ddpm_sample(model, schedule, output_coords, input_coords, input_values, generator=None,
+                on_step=None):
+    """Ancestral sampling over all T timesteps. DDPM, algorithm 2. Otherwise like ddim_sample."""
+    x_t = _randn(output_coords, input_values, generator)
+    for t in reversed(range(schedule.num_timesteps)):
+        t_batch = torch.full((len(x_t),), t, device=x_t.device)
+        x_0 = model(x_t, output_coords, t_batch, input_coords, input_values)
+        if on_step:
+            on_step(t, x_t, x_0)
+        noise = _randn(output_coords, input_values, generator)
+        x_t = schedule.ddpm_step(x_t, x_0, t, noise)
+    return x_t
+
+
+def _randn(coords, values, generator):
+    """N(0, 1) for each of coords (B, N, 2) and channel of values (B, M, C): (B, N, C)."""
+    device = generator.device if generator else values.device
+    shape = *coords.shape[:2], values.shape[2]
+    return torch.randn(shape, generator=generator, device=device).to(values)
+
+
+def line_chart(title, curves):
+    """A 460 x 320 Pillow image. curves: {label: (xs, ys)}, finite numbers."""
+    all_x, all_y = (sum((list(curve[i]) for curve in curves.values()), []) for i in (0, 1))
     x_low, x_span = min(all_x), (max(all_x) - min(all_x)) or 1
     y_low, y_span = min(all_y), (max(all_y) - min(all_y)) or 1
     image = Image.new("RGB", (460, 320), "white")
@@ -144,14 +189,15 @@ def line_chart(title, curves, log_y=False):
     draw.text((62, 8), title, "black", font_size=12)
     for part in (0, 0.25, 0.5, 0.75, 1):  # grid lines and numbers on the axes
         x, y = 62 + 374 * part, 290 - 260 * part
-        value = scale_back(y_low + part * y_span)
         draw.line([(62, y), (436, y)], fill="#e4e4e4")
-        draw.text((56, y), f"{round(value, 9):.3g}", "#444", font_size=12, anchor="rm")
+        number = round(float(y_low + part * y_span), 9)
+        draw.text((56, y), f"{number:.3g}", "#444", font_size=12, anchor="rm")
         draw.text((x, 296), f"{x_low + part * x_span:.4g}", "#444", font_size=12, anchor="ma")
-    for i, (label, curve) in enumerate(points.items()):
-        colour = ("#1f6fb4", "#d1481f", "#2b9348", "#8a4fbf", "#b8860b", "#555555")[i % 6]
-        draw.line([(62 + 374 * (x - x_low) / x_span, 290 - 260 * (y - y_low) / y_span)
-                   for x, y in curve], fill=colour, width=2, joint="curve")
+    for i, (label, curve) in enumerate(curves.items()):
+        colour = ("#1f6fb4", "#d1481f", "#2b9348", "#8a4fbf")[i % 4]
+        points = [(62 + 374 * (x - x_low) / x_span, 290 - 260 * (y - y_low) / y_span)
+                  for x, y in zip(*curve)]
+        draw.line(points, fill=colour, width=2, joint="curve")
         draw.text((436, 160 + 15 * i), label, colour, font_size=12, anchor="ra")
     return image
 
@@ -161,20 +207,13 @@ def main():
     parser.add_argument("--timesteps", type=int, default=1000, help="T, length of the diffusion")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the picture")
     args = parser.parse_args()
-    betas, alpha_bars, weights = {}, {}, {}
+    curves = {}
     for name in ("cosine", "linear"):
-        s, t = DiffusionSchedule(args.timesteps, name), range(args.timesteps)
-        betas[name] = t, s.betas
-        alpha_bars[name] = t, s.alphas_cumprod
-        weights[f"{name}: x_0"] = t, s.sqrt_alphas_cumprod
-        weights[f"{name}: eps"] = t, s.sqrt_one_minus_alphas_cumprod
-        print(f"{name}: last beta {s.betas[-1]:.4f}, last alpha_bar {s.alphas_cumprod[-1]:.3g}")
-    picture = Image.new("RGB", (3 * 460, 320))
-    picture.paste(line_chart("beta_t", betas, log_y=True), (0, 0))
-    picture.paste(line_chart("alpha_bar_t", alpha_bars), (460, 0))
-    picture.paste(line_chart("weights of x_0 and eps in x_t", weights), (920, 0))
+        schedule = DiffusionSchedule(args.timesteps, name)
+        curves[name] = range(args.timesteps), schedule.alphas_cumprod.tolist()
+        print(f"{name}: alpha_bar from {curves[name][1][0]:.4f} down to {curves[name][1][-1]:.3g}")
     args.out.mkdir(parents=True, exist_ok=True)
-    picture.save(args.out / "schedule.png")
+    line_chart("alpha_bar_t", curves).save(args.out / "schedule.png")
     print(f"picture: {args.out / 'schedule.png'}")
 
 
