@@ -144,56 +144,41 @@ def corrupted(images, text, seed=0):
     return corruption(text)(images, torch.Generator(images.device).manual_seed(seed))
 
 
-# ------------------------------------------------------------------------- table and picture
-
-CORRUPTIONS = ["clean", "gaussian 0.3", "salt_pepper 0.2", "masking 0.3"]
-
-
-@torch.no_grad()
-def report_autoencoder(model, images, folder, name, seed=0):
-    """Print a table over CORRUPTIONS, draw folder/samples.png, return {corruption: figures}.
-
-    images: uint8 (N, 1, 28, 28). Figures, all against the clean image: mse_before and mse, of the
-    corrupted image and the reconstruction; psnr in dB.
-    """
-    from data import heat, image_grid
-    clean, results, rows, labels = images.float() / 255, {}, [], []
-    title = f"{name}, {len(images):,} images"
-    print(f"{title:30}{'MSE before':>12}{'MSE':>12}{'PSNR dB':>12}")
-    for text in CORRUPTIONS:
-        noisy = corrupted(clean, text, seed)
-        restored = model(noisy)[0]
-        mse_before, mse = (F.mse_loss(x, clean).item() for x in (noisy, restored))
-        psnr = -10 * math.log10(max(mse, 1e-12))
-        results[text] = dict(mse_before=mse_before, mse=mse, psnr=psnr)
-        print(f"{text:30}{mse_before:12.5f}{mse:12.5f}{psnr:12.2f}")
-        rows += [noisy[:10], restored[:10], [heat(e) for e in restored[:10] - clean[:10]]]
-        labels += [text, "reconstructed", "error"]
-    folder.mkdir(parents=True, exist_ok=True)
-    image_grid(rows, row_labels=labels, zoom=2).save(folder / "samples.png")
-    print(f"picture: {folder / 'samples.png'}")
-    return results
-
-
 # ----------------------------------------------------------------------------------- the lab
 
 # Each exercise takes models {corruption: [one for each seed]}, images float (N, 784) in [0, 1] and
 # labels int64 (N,). It returns a table {row: {column: [number for each seed]}}, test MSE if the
 # column does not say otherwise, and the arguments of image_grid.
 
+CORRUPTIONS = ["clean", "gaussian 0.3", "salt_pepper 0.2", "masking 0.3"]
 
-def cross_test(tested_on, models, test, *_):
+
+def cross_test(tested_on, models, test, *_, shown=1):
     """Every model on every corruption of the test images: does one skill transfer to another?"""
     table, rows = {f"trained on {text}": {} for text in models} | {"left alone": {}}, []
     for text in tested_on:
-        noisy = corrupted(test, text)
+        noisy, first = corrupted(test, text), []
         table["left alone"][text] = [F.mse_loss(noisy, test).item()]
-        rows.append([test[0].view(1, 28, 28), noisy[0].view(1, 28, 28)])
         for trained_on, each_seed in models.items():
             restored = [model(noisy)[0] for model in each_seed]
             table[f"trained on {trained_on}"][text] = [F.mse_loss(x, test).item() for x in restored]
-            rows[-1].append(restored[0][0].view(1, 28, 28))
-    return table, dict(rows=rows, column_labels=["truth", "input", *models], row_labels=tested_on)
+            first.append(restored[0])
+        rows.append([x[i].view(1, 28, 28) for i in range(shown) for x in (test, noisy, *first)])
+    return table, dict(rows=rows, row_labels=tested_on,
+                       column_labels=["truth", "input", *models] * shown)
+
+
+@torch.no_grad()
+def report_autoencoder(model, images, folder, trained_on):
+    """Print the table of cross_test for one model on images uint8 (N, 1, 28, 28), and return it;
+    draw folder/samples.png. trained_on: the model's corruption."""
+    from data import image_grid
+    test = images.flatten(1).float() / 255
+    table, grid = cross_test(CORRUPTIONS, {trained_on: [model]}, test, shown=4)
+    folder.mkdir(parents=True, exist_ok=True)
+    image_grid(**grid, zoom=2).save(folder / "samples.png")
+    print(f"test MSE, {len(test):,} images\n{markdown(table)}picture: {folder / 'samples.png'}")
+    return table
 
 
 def linear_classifier(x, labels, classes=10):
@@ -294,14 +279,15 @@ def train_models(texts, images, seeds, epochs, batch_size=512, lr=6e-3):
 
 
 def markdown(table):
-    """{row: {column: numbers}} as a markdown table of mean ± standard deviation."""
+    """{row: {column: numbers}} as a markdown table: mean, and ± standard deviation if several."""
     lines = [["", *next(iter(table.values()))]]
     lines.append(["---"] * len(lines[0]))
     for row, columns in table.items():
         cells = [torch.tensor(numbers) for numbers in columns.values()]
-        lines.append([row, *(f"{x.mean():.4f} ± {x.std(correction=min(1, len(x) - 1)):.4f}"
+        lines.append([row, *(f"{x.mean():.4f}" + (f" ± {x.std():.4f}" if len(x) > 1 else "")
                              for x in cells)])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "".join(f"| {' | '.join(map(str.ljust, line, widths))} |\n" for line in lines)
 
 
 def lab(args):

@@ -1,4 +1,5 @@
-"""Four ways to corrupt an image: Gaussian noise, salt and pepper, masking, one of them at random.
+"""Four ways to corrupt an image: Gaussian noise, salt and pepper, masking, one of them at random;
+and two measures of the damage, PSNR and SSIM.
 
 A denoising autoencoder sees the corrupted image, and its loss compares the output with the clean
 one: Vincent et al., "Stacked Denoising Autoencoders" (JMLR 2010), section 3.3.
@@ -124,16 +125,15 @@ def main():
     digit = Image.new("L", (28, 28))
     ImageDraw.Draw(digit).text((14, 14), "8", fill=255, font_size=26, anchor="mm")
     clean = torch.from_numpy(np.array(digit)).float() / 255
-    picture = Image.new("RGB", (870, 390), "white")
+    picture = Image.new("RGB", (650, 390), "white")
     draw = ImageDraw.Draw(picture)
     for y, (name, (add_noise, _)) in zip(range(0, 390, 130), NOISES.items()):
-        draw.text((6, y + 56), name, fill="black", font_size=13, anchor="lm")
-        for x, strength in zip(range(90, 870, 130), (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)):
+        for x, strength in zip(range(0, 650, 130), (0.1, 0.2, 0.3, 0.4, 0.5)):
             noisy = add_noise(clean, strength)
-            psnr = -10 * (noisy - clean).square().mean().log10()
             tile = Image.fromarray((noisy * 255).round().byte().numpy())
             picture.paste(tile.resize((112, 112), Image.Resampling.NEAREST), (x, y))
-            draw.text((x, y + 113), f"{strength}: {psnr:.1f} dB", fill="black", font_size=13)
+            decibels = psnr((noisy - clean).square().mean().item())
+            draw.text((x, y + 113), f"{name} {strength}: {decibels:.1f} dB", "black", font_size=11)
     args.out.mkdir(parents=True, exist_ok=True)
     picture.save(args.out / "noise.png")
     print(f"picture: {args.out / 'noise.png'} (strength and PSNR under each image)")

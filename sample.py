@@ -402,7 +402,7 @@ def load_checkpoint(path, device="cpu"):
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
             kind, config = checkpoint["kind"], checkpoint["config"]
             weights = {name: value.float() for name, value in checkpoint["model"].items()}
-            if missing := {"step", "data", "schedule"} - checkpoint.keys():
+            if missing := {"step", "data", "schedule", "settings"} - checkpoint.keys():
                 raise ValueError(f"it lacks {', '.join(missing)}")
             if kind not in ("nf", "dae", "ae"):
                 raise ValueError("it holds another kind of model")
@@ -442,7 +442,7 @@ def export(model, checkpoint, path):
     covariance = weights.get("field.covariance")
     if covariance is not None and covariance.dim() == 2:
         weights["field.covariance"] = covariance[*torch.triu_indices(*covariance.shape)]
-    keys = ("kind", "config", "schedule", "data", "step")
+    keys = ("kind", "config", "settings", "schedule", "data", "step")
     save_checkpoint(path, {key: checkpoint[key] for key in keys} | dict(model=weights))
     print(f"exported: {path}")
 
@@ -552,7 +552,7 @@ def main():
                                    args.samples, args.scale, args.gif,
                                    input_ratio=args.input_ratio, full=args.full)
         else:
-            results = report_autoencoder(model, images, folder, name, args.seed)
+            results = report_autoencoder(model, images, folder, checkpoint["settings"]["noise"])
     if args.json:
         figures = dict(checkpoint=str(path), data=str(name), images=len(images), seed=args.seed,
                        methods=results)

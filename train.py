@@ -115,15 +115,13 @@ class Muon(torch.optim.Optimizer):
                 momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 momentum.mul_(group["momentum"]).add_(p.grad)
                 update = (p.grad + group["momentum"] * momentum).flatten(1)  # Nesterov
-                tall = update.shape[0] > update.shape[1]
-                x = update.T if tall else update
-                x = x / (x.norm() + 1e-7)
+                x = update / (update.norm() + 1e-7)
                 for _ in range(5):
                     square = x @ x.T
                     x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
                 scale = max(1, update.shape[0] / update.shape[1]) ** 0.5
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_((x.T if tall else x).reshape(p.shape), alpha=-group["lr"] * scale)
+                p.add_(x.view_as(p), alpha=-group["lr"] * scale)
 
 
 def make_optimizers(model, args):
@@ -415,7 +413,7 @@ def main():
         results = report_field(model.eval(), schedule, test_images[:args.evaluate], folder,
                                args.data, sampler)
     else:
-        results = report_autoencoder(model.eval(), test_images, folder, args.data)
+        results = report_autoencoder(model.eval(), test_images, folder, args.noise)
     figures = dict(data=args.data, methods=results)
     (folder / "results.json").write_text(json.dumps(figures, indent=1) + "\n")
 
