@@ -232,14 +232,9 @@ class GaussianField(nn.Module):
             K = K[:, None].repeat(1, y.shape[2], 1, 1)                       # (B, C, N, N)
             K.diagonal(dim1=2, dim2=3).add_(noise.mT)
             weights = torch.cholesky_solve(y.mT[..., None], torch.linalg.cholesky(K))[..., 0].mT
-        image = scatter(indices, weights, len(self.covariance))              # (B, C, P)
-        return mean.mT + image @ self.covariance, variance                   # eq. 2.25
-
-
-def scatter(indices, values, pixels):
-    """Values (B, N, C) at indices (B, N) of an image, 0 elsewhere: (B, C, pixels)."""
-    image = values.new_zeros(len(values), values.shape[2], pixels)
-    return image.scatter(2, indices[:, None].expand(-1, values.shape[2], -1), values.mT)
+        image = weights.new_zeros(len(weights), len(self.covariance), weights.shape[2])
+        image = image.scatter_add(1, indices[..., None].expand_as(weights), weights)  # (B, P, C)
+        return mean.mT + image.mT @ self.covariance, variance                # eq. 2.25
 
 
 # ---------------------------------------------------------------------------------------- U-Net
@@ -285,8 +280,8 @@ class NFDenoiser(nn.Module):
     alphas_cumprod: (T,), from the DiffusionSchedule that x_t is made with. channels: of an image.
     parts: which of PARTS. widths: of the U-Net. side: height and width of the training images.
     covariance: pixel_covariance of the training images; None is exponential_covariance(side).
-    perceiver: the sizes of PerceiverIO. Raises ValueError for parts or a side that do
-    not work, and as PerceiverIO does.
+    perceiver: the sizes of PerceiverIO. Raises ValueError for parts or a side that do not work,
+    and as PerceiverIO does.
     """
 
     def __init__(self, alphas_cumprod, channels=3, parts=PARTS, widths=(96, 192, 384), side=32,
@@ -393,6 +388,12 @@ class NFDenoiser(nn.Module):
         """The nearest pixel y * side + x of coords (B, N, 2) in [0, 1]: int64 (B, N)."""
         x, y = (coords * (self.side - 1)).round().long().unbind(-1)
         return y * self.side + x
+
+
+def scatter(indices, values, pixels):
+    """Values (B, N, C) at indices (B, N) of an image, 0 elsewhere: (B, C, pixels)."""
+    image = values.new_zeros(len(values), values.shape[2], pixels)
+    return image.scatter(2, indices[:, None].expand(-1, values.shape[2], -1), values.mT)
 
 
 def read_at(image, coords):

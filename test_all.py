@@ -733,6 +733,7 @@ def test_gaussian_field_is_the_textbook_posterior():
     close(nf_denoiser.exponential_covariance(side), K, 1e-6)
     field = nf_denoiser.GaussianField(torch.from_numpy(K))
     pixels = np.stack([rng.permutation(side**2)[:50] for _ in range(2)])
+    pixels[0, 1], pixels[0, 31], pixels[1, 40] = pixels[0, 0], pixels[0, 30], pixels[1, 3]  # twice
     x_in, x_t = rng.normal(0, 0.4, (2, 30, 3)), rng.normal(0, 1, (2, 20, 3))
     inputs, outputs = torch.from_numpy(pixels[:, :30]), torch.from_numpy(pixels[:, 30:])
     bars = torch.tensor([0.9, 0.05]).double()
