@@ -13,12 +13,11 @@ y = x. After Vincent et al., "Extracting and Composing Robust Features with Deno
     python train.py --model dae                # train one; --model ae is its control
     python autoencoder.py --exercise compare   # the lab: one of six exercises, or all
 
-The class and train_autoencoder need only torch. The lab uses the files beside this one.
+The class and training_loop need only torch. The lab uses the files beside this one.
 """
 import argparse
 import json
 import math
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -56,7 +55,7 @@ class DenoisingAutoencoder(nn.Module):
         self.decoder[-2].bias.copy_(mean.logit())
 
     def encode(self, x):
-        """Images (B, ...) in [0, 1] -> latent (B, latent_dim). Raises ValueError for a size."""
+        """Images (B, ...) in [0, 1] -> latent (B, latent_dim). Raises ValueError otherwise."""
         if x.flatten(1).shape[1] != self.input_dim:
             raise ValueError(f"the autoencoder takes {self.input_dim} values per image, got shape "
                              f"{tuple(x.shape)}")
@@ -73,11 +72,11 @@ class DenoisingAutoencoder(nn.Module):
 
 
 # -------------------------------------------------------------------------------------- training
-
-
 def warmup_cosine(step, steps, warmup):
-    """Learning rate as a share of its peak: linear over the first `warmup` of the steps (a share,
-    0 to 1), times half a cosine that falls to 0. Loshchilov & Hutter (2017), eq. 5."""
+    """Learning rate as a fraction of its peak: linear warm-up times a half-cosine decay to 0.
+
+    warmup: share of the steps, 0 to 1. Loshchilov & Hutter (2017), eq. 5.
+    """
     rise = min(1.0, (step + 1) / max(1, warmup * steps))
     return rise * 0.5 * (1 + math.cos(math.pi * step / steps))
 
@@ -96,56 +95,60 @@ def batches(images, batch_size, steps, seed, first=0):
         yield step, order[place * batch_size:(place + 1) * batch_size]
 
 
-def train_autoencoder(model, optimizer, images, corrupt, steps, batch_size, lr, seed, first=0,
-                      shard=slice(None)):
-    """The training loop: yields (steps done, loss) after each step. Vincent et al. (2008), sec. 2.
+def training_loop(model, optimizers, batch_loss, images, steps, batch_size, seed, warmup, first=0):
+    """The loop that trains every model: yields (steps done, loss) after each step from `first`.
 
-    images: float (N, D) in [0, 1]. corrupt: (images, generator) -> corrupted images; called for
-    each batch, so the noise is always new. lr: the peak. seed: of order and noise. first: the
-    step to begin with. shard: the rows of a batch that this process takes.
+    batch_loss: indices (batch_size,) of images (N, ...) -> loss. Its random numbers are torch's
+    own, seeded with a function of seed and step, so that a run can be resumed at any step.
+    The peak learning rate is the one that an optimizer was made with.
     """
     for step, index in batches(images, batch_size, steps, seed, first):
-        generator = torch.Generator(images.device).manual_seed(seed * 1_000_003 + step)
-        clean = images.index_select(0, index)  # twice as fast as images[index]
-        noisy = corrupt(clean, generator)
-        loss = F.mse_loss(model(noisy[shard])[0], clean[shard])
-        optimizer.zero_grad()
+        torch.manual_seed(seed * 1_000_003 + step)
+        loss = batch_loss(index)
+        model.zero_grad()
         loss.backward()
-        optimizer.param_groups[0]["lr"] = lr * warmup_cosine(step, steps, 0.1)
-        optimizer.step()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            rate = warmup_cosine(step, steps, warmup)
+            optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * rate
+            optimizer.step()
         yield step + 1, loss.detach()
 
 
-def corruption(text):
-    """A function (images, generator) -> corrupted images, from its description.
+def autoencoder_loss(model, clean, text, shard=slice(None)):
+    """Mean squared error against the clean images after the corruption `text`, with new noise.
+
+    clean: float (B, 784) in [0, 1]. shard: the rows of this process. Vincent et al. (2008), sec. 2.
+    """
+    noisy = corrupt(clean, text)
+    return F.mse_loss(model(noisy[shard])[0], clean[shard])
+
+
+def corrupt(images, text, generator=None):
+    """images (N, ...) in [0, 1], corrupted as the text says.
 
     text: clean, mixed, stripes (every fourth row white), a noise of noise.py with its strength,
     such as gaussian 0.3, or several of these joined by " + ".
     """
     from noise import NOISES, add_mixed_noise
-
-    def corrupt(images, generator=None):
-        for part in text.split(" + "):
-            name, *strength = part.split()
-            if name == "mixed":
-                images = add_mixed_noise(images, generator)
-            elif name == "stripes":
-                row = torch.arange(784, device=images.device) // 28
-                images = torch.where(row % 4 == 0, 1.0, images.flatten(1)).view_as(images)
-            elif name != "clean":
-                images = NOISES[name][0](images, float(strength[0]), generator)
-        return images
-
-    return corrupt
+    for part in text.split(" + "):
+        name, *strength = part.split()
+        if name == "mixed":
+            images = add_mixed_noise(images, generator)
+        elif name == "stripes":
+            row = torch.arange(784, device=images.device) // 28
+            images = torch.where(row % 4 == 0, 1.0, images.flatten(1)).view_as(images)
+        elif name != "clean":
+            images = NOISES[name][0](images, float(strength[0]), generator)
+    return images
 
 
-def corrupted(images, text, seed=0):
-    """images (N, ...) in [0, 1] after the corruption `text`, with the noise of `seed`."""
-    return corruption(text)(images, torch.Generator(images.device).manual_seed(seed))
+def corrupted(images, text):
+    """corrupt(images, text) with the same noise in every call, for tests."""
+    return corrupt(images, text, torch.Generator(images.device).manual_seed(0))
 
 
 # ----------------------------------------------------------------------------------- the lab
-
 # Each exercise takes models {corruption: [one for each seed]}, images float (N, 784) in [0, 1] and
 # labels int64 (N,). It returns a table {row: {column: [number for each seed]}}, test MSE if the
 # column does not say otherwise, and the arguments of image_grid.
@@ -154,8 +157,12 @@ CORRUPTIONS = ["clean", "gaussian 0.3", "salt_pepper 0.2", "masking 0.3"]
 
 
 def cross_test(tested_on, models, test, *_, shown=1):
-    """Every model on every corruption of the test images: does one skill transfer to another?"""
-    table, rows = {f"trained on {text}": {} for text in models} | {"left alone": {}}, []
+    """Every model on every corruption of the test images: does one skill transfer to another?
+
+    The picture shows the first `shown` images under each corruption.
+    """
+    table = {row: {} for row in (*(f"trained on {text}" for text in models), "left alone")}
+    rows, shown = [], min(shown, len(test))
     for text in tested_on:
         noisy, first = corrupted(test, text), []
         table["left alone"][text] = [F.mse_loss(noisy, test).item()]
@@ -185,7 +192,7 @@ def linear_classifier(x, labels, classes=10):
     """Ridge regression to one-hot labels: a function x (N, D) -> labels (N,).
 
     x: float (N, D), labels: int64 (N,). Minimises mean |A w - one_hot|^2 + 0.01 |w|^2 with
-    A = [x, 1], where all features of x are brought to mean 0 and one common scale.
+    A = [x, 1], where each feature is centred, then all are divided by one common scale.
     """
     shift, scale = x.mean(0), x.var(0).mean().sqrt() + 1e-8
     add_one = lambda x: F.pad((x - shift) / scale, (0, 1), value=1)
@@ -225,20 +232,21 @@ def features(models, test, test_labels, train, labels):
 
 
 def progressive(models, test, *_, passes=10):
-    """Images under Gaussian 0.5 and masking 0.3 through the models again and again."""
-    first, table, rows = corrupted(test, "gaussian 0.5 + masking 0.3"), {}, []
+    """Gaussian 0.5 and masking 0.3: the output of a model is fed back into it, `passes` times."""
+    noisy, table, rows = corrupted(test, "gaussian 0.5 + masking 0.3"), {}, []
     added = {"nothing added": "clean", "noise 0.1 added": "gaussian 0.1"}  # before each pass
     for column, text in added.items():
         for seed, model in enumerate(models["gaussian 0.3"]):
-            x, generator, shown = first, torch.Generator(test.device), [test[0], first[0]]
+            generator = torch.Generator(test.device).manual_seed(seed)
+            x, shown = noisy, [test[0]]
             for i in range(passes + 1):
-                name = f"pass {i}" if i else "input"
-                numbers = table.setdefault(name, {}).setdefault(column, [])
-                numbers.append(F.mse_loss(x, test).item())
-                x = model(corruption(text)(x, generator))[0]
+                if i > 0:
+                    x = model(corrupt(x, text, generator))[0]
+                numbers = table.setdefault(f"pass {i}" if i else "input", {})
+                numbers.setdefault(column, []).append(F.mse_loss(x, test).item())
                 shown.append(x[0])
             if seed == 0:
-                rows.append([x.view(1, 28, 28) for x in shown[:-1]])
+                rows.append([x.view(1, 28, 28) for x in shown])
     return table, dict(rows=rows, column_labels=["truth", *table], row_labels=list(added), zoom=3)
 
 
@@ -269,8 +277,10 @@ def train_models(texts, images, seeds, epochs, batch_size=512, lr=6e-3):
             model = DenoisingAutoencoder(images.shape[1]).to(images.device)
             model.init_output_bias(images)
             optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.0, fused=True)
-            *_, (_, loss) = train_autoencoder(model, optimizer, images, corruption(text), steps,
-                                              batch_size, lr, seed)
+            batch_loss = lambda index: autoencoder_loss(model, images.index_select(0, index), text)
+            for _, loss in training_loop(model, [optimizer], batch_loss, images, steps, batch_size,
+                                         seed, warmup=0.1):
+                pass
             if not math.isfinite(loss):
                 raise ValueError(f"training on {text} diverged: the learning rate {lr} is too high")
             models[text].append(model.eval().requires_grad_(False))
@@ -305,8 +315,9 @@ def lab(args):
     texts = dict.fromkeys(text for exercise in exercises for text in EXERCISES[exercise][0])
     models = train_models(texts, images, args.seeds, args.epochs, args.batch_size)
     tables = {}
-    report = (f"`python autoencoder.py --exercise {args.exercise}` on {name}: test MSE after "
-              f"{args.epochs} epochs, mean ± standard deviation of {args.seeds} seeds.\n")
+    report = (f"`python autoencoder.py --exercise {args.exercise} --data {name} --epochs "
+              f"{args.epochs} --seeds {args.seeds}`: test MSE, unless a column says otherwise; "
+              f"mean ± standard deviation over the seeds.\n")
     for exercise in exercises:
         trained_on, function = EXERCISES[exercise]
         with torch.no_grad():
@@ -320,6 +331,7 @@ def lab(args):
     (args.out / "lab.md").write_text(report, encoding="utf-8")
     print(f"tables: {args.out / 'lab.md'}")
     if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(tables, indent=1) + "\n")
         print(f"figures: {args.json}")
 
@@ -333,7 +345,7 @@ def main():
     add("--epochs", type=int, default=10)
     add("--batch-size", type=int, default=512)
     add("--data", default="auto", help="auto, mnist, glyphs or a folder")
-    add("--data-dir", type=Path, default=Path("data"), help="where data sets are")
+    add("--data-dir", type=Path, default=Path("data"), help="folder of the data sets")
     add("--out", type=Path, default=Path("out"), help="folder for the tables and pictures")
     add("--json", type=Path, metavar="FILE", help="write the numbers of each seed as JSON")
     args = parser.parse_args()
@@ -347,9 +359,5 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as problem:
-        sys.exit(f"error: {problem}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    from data import run
+    run(main)

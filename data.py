@@ -2,7 +2,7 @@
 
 CIFAR-10   records of 1 label byte and 3,072 pixel bytes: 1,024 red, 1,024 green, 1,024 blue
 MNIST      IDX: magic number, count, (height, width), all big-endian 32-bit, then the bytes
-leaves     32 x 32 colour, made here: discs that cover each other ("dead leaves")
+leaves     32 x 32 colour, made here: overlapping discs ("dead leaves")
 glyphs     28 x 28 grey, made here: digits of Pillow's font, turned, scaled and shifted
 a folder   every picture below it, as 32 x 32 colour or 28 x 28 grey
 
@@ -19,7 +19,6 @@ import math
 import shutil
 import sys
 import urllib.request
-import warnings
 import zlib
 from pathlib import Path
 
@@ -45,8 +44,8 @@ class Unavailable(OSError):
 def load_cifar10(root, train):
     """CIFAR-10, binary version, from root/cifar-10-batches-bin; fetched if it is not there.
 
-    Returns (images uint8 (N, 3, 32, 32), labels uint8 (N,)); N is 50,000 or 10,000, or less with a
-    notice. Raises Unavailable if it cannot be fetched, ValueError for a damaged file.
+    Returns (images uint8 (N, 3, 32, 32), labels uint8 (N,)); N is 50,000 or 10,000, or fewer,
+    with a notice. Raises Unavailable if it cannot be fetched, ValueError for a damaged file.
     """
     folder, records = Path(root) / "cifar-10-batches-bin", []
     names = [f"data_batch_{i}.bin" for i in range(1, 6)] if train else ["test_batch.bin"]
@@ -70,7 +69,7 @@ def load_cifar10(root, train):
 def load_mnist(root, train):
     """MNIST from its IDX files in root/MNIST/raw, gzipped or not; fetched if they are not there.
 
-    Returns (images uint8 (N, 1, 28, 28), labels uint8 (N,)). Raises what load_cifar10 raises.
+    Returns (images uint8 (N, 1, 28, 28), labels uint8 (N,)). Raises as load_cifar10 does.
     """
     folder, prefix = Path(root) / "MNIST" / "raw", "train" if train else "t10k"
     images = read_idx(folder / f"{prefix}-images-idx3-ubyte", (28, 28))
@@ -101,7 +100,7 @@ def read_idx(path, shape):
 
 
 def download(urls, path, md5):
-    """Fetch the first address that works and has this MD5 checksum. Raises Unavailable."""
+    """Download from the first URL whose content has this MD5 checksum. Raises Unavailable."""
     temporary, reasons = path.with_name(path.name + ".part"), []
     for url in urls:
         print(f"downloading {url}", flush=True)
@@ -159,12 +158,10 @@ def make_glyphs(count, seed):
 
 
 def open_picture(path):
-    """A Pillow image, upright. Raises ValueError if it is none, damaged, or suspiciously large."""
+    """A Pillow image, upright. Raises ValueError if the file is none, damaged or far too large."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                image = ImageOps.exif_transpose(image)
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
         if image.mode == "F":
             raise ValueError("its pixels are floating-point numbers")
         if image.mode.startswith("I"):  # 16 bits a pixel: Pillow would clip them at 255
@@ -182,9 +179,10 @@ def square_picture(image, channels, side):
 
 
 def load_folder(folder, train, channels, side):
-    """Every picture below a folder. The tenth whose names have the lowest hashes is the test set.
+    """Every picture below a folder. The 10% with the lowest hashes of their names are the test set.
 
-    Returns (images uint8 (N, channels, side, side), labels, all 0). Raises ValueError below 20.
+    Returns (images uint8 (N, channels, side, side), labels, all 0). Raises ValueError if
+    there are fewer than 20.
     """
     paths, pictures = [path for path in Path(folder).rglob("*") if path.is_file()], {}
     for path in paths:
@@ -263,7 +261,7 @@ def sparse_split(images, input_ratio=0.2, output_ratio=0.2, generator=None, orde
         x, y = indices % width / max(width - 1, 1), indices // width / max(height - 1, 1)
         split[f"{name}_indices"] = indices
         split[f"{name}_coords"] = torch.stack([x, y], dim=-1)
-        split[f"{name}_values"] = values.gather(1, indices[:, :, None].expand(-1, -1, channels))
+        split[f"{name}_values"] = values.take_along_dim(indices[:, :, None], dim=1)
     return split
 
 
@@ -307,10 +305,24 @@ def image_grid(rows, column_labels=(), row_labels=(), captions=None, zoom=4):
     return grid
 
 
+def run(main):
+    """Call main(). An expected error ends in one line and exit code 1, Ctrl-C in 130."""
+    try:
+        main()
+    except (ValueError, OSError, torch.linalg.LinAlgError) as problem:
+        sys.exit(f"error: {problem}")
+    except RuntimeError as problem:  # of a GPU or of the CPU
+        if "memory" not in str(problem):
+            raise
+        sys.exit("error: out of memory: use a smaller --batch-size, --evaluate or --samples")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", default="auto", help="cifar10, mnist, leaves, glyphs or a folder")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where data sets are")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="of the data sets")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the picture")
     parser.add_argument("--seed", type=int, default=0, help="of the masks")
     args = parser.parse_args()
@@ -326,9 +338,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as problem:
-        sys.exit(f"error: {problem}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run(main)

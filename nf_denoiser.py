@@ -7,8 +7,9 @@ the clean output values directly:
     x_0_hat = f(x_t_out, coords_out, t, coords_in, x_in),      loss = mean (x_0_hat - x_0)^2
 
 It is a sum of three parts, and each can be left out (train.py --parts). The field does most of the
-work (21.57 dB without training, with the U-Net 22.08). Attention, the Perceiver IO, is what a set
-of pixels asks for, but on these small images it adds nothing (22.08): it is here to be read.
+work (21.57 dB without training, with the U-Net 22.08). Attention, the Perceiver IO, is the natural
+network for a set of pixels, but on these small images it adds nothing (22.08): it is here to be
+read.
 
     x_0_hat = mean + std * (unet + perceiver)
 
@@ -46,8 +47,6 @@ SIZES = {  # --size; "full" has the Perceiver IO of the original design
 
 
 # --------------------------------------------------------------------- attention and Perceiver IO
-
-
 class FourierFeatures(nn.Module):
     """gamma(v) = [sin(2 pi B v), cos(2 pi B v)], Tancik et al. (2020), arXiv 2006.10739, eq. 5.
 
@@ -167,8 +166,6 @@ class PerceiverIO(nn.Module):
 
 
 # ------------------------------------------------------------------------------ Gaussian field
-
-
 def pixel_covariance(images):
     """Second moments of the pixels of images uint8 (N, C, side, side), channels pooled.
 
@@ -195,9 +192,10 @@ class GaussianField(nn.Module):
     """Posterior mean of an image, given clean and noisy pixels, if it were a Gaussian field.
 
     Prior of channel c: the mean of its input pixels, plus a field with the covariance
-    variance_c * covariance. Observed are the input pixels, x_0 itself, and the output pixels,
-    x_t / sqrt(alpha_bar) = x_0 + noise of variance (1 - alpha_bar) / alpha_bar. So E[x_0 | x_in,
-    x_t] is a linear system: Rasmussen & Williams (2006), eq. 2.25. Without x_t this is kriging.
+    variance_c * covariance. The observations are x_0 at the input pixels, and at the output pixels
+    x_t / sqrt(alpha_bar) = x_0 + noise of variance (1 - alpha_bar) / alpha_bar. E[x_0 | x_in, x_t]
+    is the solution of a linear system: Rasmussen & Williams (2006), eq. 2.25. Without x_t this is
+    kriging.
 
     covariance: (P, P) between the P = side * side pixels of the image, mean of the diagonal 1.
     """
@@ -215,31 +213,32 @@ class GaussianField(nn.Module):
         Returns (posterior_mean (B, C, P), variance (B, 1, C) of each channel's prior).
         Raises torch.linalg.LinAlgError (a RuntimeError) if the covariance is not positive.
         """
-        indices, mean = input_indices, input_values.mean(dim=1, keepdim=True)
+        indices = input_indices
+        mean = input_values.mean(dim=1, keepdim=True)                        # (B, 1, C)
         y = input_values - mean                                              # (B, N, C)
-        K = self.covariance[indices[:, :, None], indices[:, None, :]]        # (B, N, N)
-        K.diagonal(dim1=1, dim2=2).add_(self.jitter)
-        weights = torch.cholesky_solve(y, torch.linalg.cholesky(K))          # (B, N, C)
+        noise = torch.full_like(y[..., :1], self.jitter)
+        weights = self.solve(indices, y, noise)                              # (B, N, C)
         # maximum likelihood, y^T K^-1 y / N; two pixels of variance 0.05 are added as a prior
         variance = ((y * weights).sum(dim=1, keepdim=True) + 2 * 0.05) / (y.shape[1] + 2)
-
-        if x_t is not None:  # the same with N = N_in + N_out pixels, whose noise is known
-            noise = (1 - alpha_bar) / (alpha_bar * variance)                 # in units of K
-            noise = torch.cat([torch.full_like(y, self.jitter), noise.expand_as(x_t)], dim=1)
+        if x_t is not None:  # the same with all N = N_in + N_out pixels
+            noise_t = (1 - alpha_bar) / (alpha_bar * variance)               # in units of K
+            noise = torch.cat([noise.expand_as(y), noise_t.expand_as(x_t)], dim=1)
             y = torch.cat([y, x_t / alpha_bar.sqrt() - mean], dim=1)
             indices = torch.cat([indices, output_indices], dim=1)
-            K = self.covariance[indices[:, :, None], indices[:, None, :]]
-            K = K[:, None].repeat(1, y.shape[2], 1, 1)                       # (B, C, N, N)
-            K.diagonal(dim1=2, dim2=3).add_(noise.mT)
-            weights = torch.cholesky_solve(y.mT[..., None], torch.linalg.cholesky(K))[..., 0].mT
+            weights = self.solve(indices, y, noise)
         image = weights.new_zeros(len(weights), len(self.covariance), weights.shape[2])
         image = image.scatter_add(1, indices[..., None].expand_as(weights), weights)  # (B, P, C)
         return mean.mT + image.mT @ self.covariance, variance                # eq. 2.25
 
+    def solve(self, indices, y, noise):
+        """(K + diag(noise))^-1 y for pixels (B, N), y (B, N, C) and noise (B, N, C or 1)."""
+        K = self.covariance[indices[:, :, None], indices[:, None, :]]        # (B, N, N)
+        K = K[:, None].repeat(1, noise.shape[2], 1, 1)                       # (B, C or 1, N, N)
+        K.diagonal(dim1=2, dim2=3).add_(noise.mT)
+        return torch.cholesky_solve(y.mT[..., None], torch.linalg.cholesky(K))[..., 0].mT
+
 
 # ---------------------------------------------------------------------------------------- U-Net
-
-
 class UNet(nn.Module):
     """3 x 3 convolutions at full, half, ... resolution, one width for each. Ronneberger et al.
 
@@ -272,16 +271,14 @@ class UNet(nn.Module):
 
 
 # ------------------------------------------------------------------------------------- the model
-
-
 class NFDenoiser(nn.Module):
     """The neural field: clean values of noisy output pixels, given clean input pixels.
 
     alphas_cumprod: (T,), from the DiffusionSchedule that x_t is made with. channels: of an image.
     parts: which of PARTS. widths: of the U-Net. side: height and width of the training images.
     covariance: pixel_covariance of the training images; None is exponential_covariance(side).
-    perceiver: the sizes of PerceiverIO. Raises ValueError for parts or a side that do not work,
-    and as PerceiverIO does.
+    perceiver: the sizes of PerceiverIO. Raises ValueError for unknown parts or a
+    side that the U-Net cannot halve, and as PerceiverIO does.
     """
 
     def __init__(self, alphas_cumprod, channels=3, parts=PARTS, widths=(96, 192, 384), side=32,
@@ -366,7 +363,7 @@ class NFDenoiser(nn.Module):
         inputs, outputs = self.grid_index(input_coords), self.grid_index(output_coords)
         if self.field:
             mean_image, variance = self.field(inputs, x_in, outputs, x_t, alpha_bar)
-            residual = 0.07 * variance  # about what 20% of the pixels leave unexplained
+            residual = 0.07 * variance  # about what is left once 20% of the pixels are known
             seen = mean_image - x_in.mean(1)[..., None]
         else:
             mean_image = x_in.mean(1)[..., None].expand(-1, -1, self.side**2)

@@ -24,7 +24,7 @@ def add_gaussian_noise(images, noise_factor=0.3, generator=None):
 
     images: float tensor of any shape in [0, 1]; it is not modified. noise_factor: standard
     deviation, 0 to 1,000,000; a number, or a tensor that broadcasts to the images.
-    Returns a new tensor of the same shape. Raises ValueError for another factor or integer images.
+    Returns a new tensor of the same shape. Raises ValueError for a factor out of range or integers.
     """
     _check(images, noise_factor, "noise_factor", 1e6)
     eps = torch.randn(images.shape, generator=generator, device=images.device, dtype=images.dtype)
@@ -37,7 +37,7 @@ def add_salt_pepper_noise(images, noise_prob=0.2, generator=None):
     images: float tensor in [0, 1]; it is not modified. In a (B, C, H, W) tensor all channels of a
     pixel change together; in any other shape every value is a pixel of its own.
     noise_prob: 0 to 1; a number, or a tensor that broadcasts to the images. Returns a new tensor
-    of the same shape. Raises ValueError for another probability or integer images.
+    of the same shape. Raises ValueError for a probability out of range or integer images.
     """
     _check(images, noise_prob, "noise_prob", 1)
     u = _uniform_per_pixel(images, generator)
@@ -51,7 +51,7 @@ def add_masking_noise(images, mask_prob=0.3, generator=None):
 
 
 def add_mixed_noise(images, generator=None):
-    """Corrupt each image with one of the three noises, at a strength of its own.
+    """Corrupt each image with one of the three noises, each at its own random strength.
 
     images: float (B, ...) in [0, 1]; it is not modified. Strengths are uniform: Gaussian 0.1 to
     0.5, salt and pepper 0.05 to 0.4, masking 0.1 to 0.6. Returns a new tensor of the same shape.
@@ -82,14 +82,14 @@ def _uniform_per_pixel(images, generator):
 
 
 def psnr(mse):
-    """Peak signal-to-noise ratio in dB, -10 log10(mse), of values in [0, 1]; 100 at the most."""
+    """Peak signal-to-noise ratio in dB, -10 log10(mse), of values in [0, 1]; at most 100."""
     return -10 * math.log10(max(mse, 1e-10))
 
 
 def ssim(a, b):
     """Structural similarity of images (B, C, H, W) in [0, 1]: (B,). Wang et al. (2004), eq. 13.
 
-    Gaussian window of 11 x 11, sigma 1.5, where it fits; mean over places and channels.
+    Gaussian window of 11 x 11, sigma 1.5, without padding; mean over positions and channels.
     Raises ValueError for images below 11 x 11 or of different shapes.
     """
     if a.shape != b.shape or min(a.shape[-2:]) < 11:

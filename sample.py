@@ -1,4 +1,4 @@
-"""Use a trained neural field: sample from it, measure it beside classical methods, draw it.
+"""Use a trained neural field: sample from it, compare it with classical methods, draw it.
 
     python sample.py                                  # newest checkpoint below out/, or shipped
     python sample.py --image photo.jpg                # restore a photograph from 20% of its pixels
@@ -22,7 +22,6 @@ import argparse
 import io
 import json
 import math
-import sys
 import time
 import zipfile
 from functools import cache, partial
@@ -34,18 +33,17 @@ import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageOps
 
 from autoencoder import DenoisingAutoencoder, report_autoencoder
-from data import (fixed_order, heat, image_grid, load_dataset, open_picture, scatter_pixels,
+from data import (fixed_order, heat, image_grid, load_dataset, open_picture, run, scatter_pixels,
                   sparse_split, square_picture)
 from nf_denoiser import GaussianField, NFDenoiser, exponential_covariance
 from noise import psnr, ssim
 from schedule import DiffusionSchedule, ddim_sample, ddpm_sample
 
 SHIPPED = Path(__file__).resolve().parent / "assets" / "nf_medium.pt"
+KEYS = ("kind", "config", "settings", "schedule", "data", "step")  # of every checkpoint
 
 
 # --------------------------------------------------------------- one-step mean, classical methods
-
-
 @torch.no_grad()
 def one_step_mean(model, schedule, output_coords, input_coords, input_values):
     """The estimate of E[x_0 | x_in]: the prediction at t = T - 1 from pure noise, (B, N_out, C).
@@ -62,7 +60,7 @@ def one_step_mean(model, schedule, output_coords, input_coords, input_values):
 def nearest(split):
     """The value of the nearest input pixel, for a sparse_split's outputs: (B, N, C)."""
     index = torch.cdist(split["output_coords"], split["input_coords"]).argmin(2, keepdim=True)
-    return split["input_values"].gather(1, index.expand(-1, -1, split["input_values"].shape[2]))
+    return split["input_values"].take_along_dim(index, dim=1)
 
 
 def inverse_distance(split, power=4):
@@ -76,7 +74,7 @@ def kriging(split):
     """Mean of a Gaussian field with exponential covariance, given the inputs: (B, N, C)."""
     field = exponential_field(split["full_image"].shape[-1], split["input_values"].device)
     image, _ = field(split["input_indices"], split["input_values"])
-    return image.mT.gather(1, split["output_indices"][..., None].expand(-1, -1, image.shape[1]))
+    return image.mT.take_along_dim(split["output_indices"][..., None], dim=1)
 
 
 @cache
@@ -85,13 +83,11 @@ def exponential_field(side, device):
 
 
 # ------------------------------------------------------------------------------------ evaluation
-
-
 def split_images(images, indices, seed=0, input_ratio=0.2, full=False):
-    """A sparse_split of images (B, C, H, W) whose outputs are all missing pixels, and its "n_out":
+    """A sparse_split of images (B, C, H, W) whose outputs are all missing pixels.
 
-    how many of the outputs, from the first, are sampled and measured, a fifth of the image or all
-    if full. The mask is a function of seed and an image's index, indices (B,).
+    It also has "n_out": the first n_out outputs are sampled and measured, a fifth of the image, or
+    all if full. The mask is a function of seed and an image's index, indices (B,).
     """
     order = fixed_order(seed, indices, images[0, 0].numel()).to(images.device)
     split = sparse_split(images, input_ratio, None, order=order)
@@ -147,10 +143,10 @@ def evaluate_field(model, schedule, images, sampler=None, seed=0, batch=25, **op
     for indices in torch.arange(len(images)).split(batch):
         split = split_images(images[indices], indices, seed, **options)
         truth = split["full_image"] / 2 + 0.5
-        places = split["output_indices"][:, None, :split["n_out"]].expand(-1, truth.shape[1], -1)
+        places = split["output_indices"][:, None, :split["n_out"]]
         for name, image in reconstruct(model, schedule, split, sampler).items():
             image = image / 2 + 0.5
-            error = (image - truth).flatten(2).gather(2, places).double()
+            error = (image - truth).flatten(2).take_along_dim(places, dim=2).cpu().double()
             each = [error.square().mean(), error.abs().mean(), ssim(image, truth).mean()]
             sums[name] = sums.get(name, 0) + len(indices) * torch.tensor(each)
     means = {name: (total / len(images)).tolist() for name, total in sums.items()}
@@ -184,8 +180,6 @@ def evaluate_samples(model, schedule, images, sampler, count, seed=0, **options)
 
 
 # -------------------------------------------------------------------------------------- pictures
-
-
 def draw_field(split, answers):
     """Input pixels, kriging, one-step mean, sample, truth, error of the mean; PSNR below."""
     truth, rows, captions = split["full_image"], [], []
@@ -214,7 +208,7 @@ def draw_fine(model, schedule, split, scale):
 
 
 def animate(split, frames, path):
-    """A GIF of three images: x_t above, the prediction x_0_hat below, a frame for each step."""
+    """A GIF of three images: x_t above, the prediction x_0_hat below, 25 to 50 of the steps."""
     pictures = []
     for t, *values in [*frames[::max(1, len(frames) // 25)], *[frames[-1]] * 10]:
         rows = [list(assemble(split, x)[:3] / 2 + 0.5) for x in values]
@@ -268,8 +262,6 @@ def report_field(model, schedule, images, folder, name, sampler, seed=0, samples
 
 
 # ----------------------------------------------------------------------------------- photographs
-
-
 @torch.no_grad()
 def restore(image, known, answer, side=32):
     """Fill the missing pixels of a picture of any size, in windows that overlap by one half.
@@ -277,8 +269,8 @@ def restore(image, known, answer, side=32):
     image: (C, H, W) in [-1, 1]. known: bool (H, W), the given pixels. answer(split) -> (B, N, C):
     values for the outputs of a sparse_split of windows, such as kriging. They are clamped to
     [-1, 1] and averaged with the weight sin^2, which falls to 0 towards a window's edge.
-    A window waits if it has few given pixels, less than a quarter of those of the best unfinished
-    window; then what the others restored counts as given. So a hole is filled from its rim.
+    Windows with fewer than a quarter of the given pixels of the best unfinished one wait for a
+    later pass, where pixels already restored count as given: holes are filled from their rim.
     Returns (C, H, W); the given pixels are unchanged. Raises ValueError if no pixel is given.
     """
     if not known.any():
@@ -300,9 +292,10 @@ def restore(image, known, answer, side=32):
         for count in counts[ready].unique().tolist():
             for some in windows[counts == count].split(16):
                 content = image[:, some].transpose(0, 1)                     # (B, C, pixels)
-                # the order 0 of given pixels makes them the input
-                split = sparse_split(content.unflatten(2, (side, side)), (count + 0.5) / pixels,
-                                     None, order=(~known[some]).float())
+                # given pixels come first in the order, and int(pixels * ratio) is their count
+                ratio = (count + 0.5) / pixels
+                split = sparse_split(content.unflatten(2, (side, side)), ratio, None,
+                                     order=(~known[some]).float())
                 values = F.pad(assemble(split, answer(split)).flatten(2), (0, 0, 0, 1), value=1)
                 total.index_add_(1, some.flatten(), (values * weight).transpose(0, 1).flatten(1))
                 done += len(some)
@@ -318,10 +311,10 @@ def restore(image, known, answer, side=32):
 def load_picture(path, channels, mask=None, input_ratio=0.2, upscale=1, seed=0):
     """A picture with missing pixels: (image uint8 (C, H, W), known bool (H, W), has_truth).
 
-    Missing are transparent pixels (alpha below 128) and the white ones (128 or more) of the
-    picture `mask`; of a complete picture (has_truth) all but input_ratio, drawn with `seed`.
+    Missing pixels: transparent ones (alpha below 128), and where the picture `mask` is white (128
+    or more); of a complete picture (has_truth) all but input_ratio, drawn with `seed`.
     upscale: the picture's pixels are every second (third, ...) one of a larger picture, and the
-    others are missing. A longest side above 1,024 is reduced, with a notice. Pixels have 8 bits.
+    others are missing. At most 1,024 pixels a side: larger pictures are reduced, with a notice.
     Raises ValueError for files that cannot be used and if nothing is missing.
     """
     picture = open_picture(path).convert("RGBA")
@@ -362,22 +355,22 @@ def report_picture(model, schedule, image, known, has_truth, folder):
     truth, known = image.to(device).float() / 127.5 - 1, known.to(device)
     given = truth * known
     print(f"{known.sum():,} of {known.numel():,} pixels given")
-    results, row, captions = {}, [given], [f"{known.float().mean():.0%} of the pixels"]
+    results, answers, captions = {}, {}, [f"{known.float().mean():.0%} of the pixels"]
     methods = {"nearest": nearest, "kriging": kriging, "one-step mean": lambda split:
                one_step_mean(model, schedule, **where(split))}
     for name, method in methods.items():
-        x = restore(given, known, method, model.side)
-        decibels = psnr(((x - truth)[:, ~known] / 2).square().mean().item())
+        answers[name] = restore(given, known, method, model.side)
+        error = (answers[name] - truth)[:, ~known] / 2
+        decibels = psnr(error.square().mean().item())
         results[name] = dict(psnr=decibels if has_truth else None)
         captions.append(f"{decibels:.2f} dB" if has_truth else "")
-        row.append(x)
         print(f"{name:18}{captions[-1]:>10}", flush=True)
-    if has_truth:
-        row.append(truth)
-    comparison = image_grid([[x / 2 + 0.5 for x in row]], ["given", *results, "truth"][:len(row)],
+    columns = {"given": given} | answers | ({"truth": truth} if has_truth else {})
+    comparison = image_grid([[x / 2 + 0.5 for x in columns.values()]], list(columns),
                             captions=[[*captions, ""]], zoom=max(1, 256 // max(known.shape)))
     known = known.cpu()
-    restored = torch.where(known, image, ((x + 1) * 127.5).round().byte().cpu())
+    mean = ((answers["one-step mean"] + 1) * 127.5).round().byte().cpu()
+    restored = torch.where(known, image, mean)
     restored = Image.fromarray(restored.permute(1, 2, 0).expand(-1, -1, 3).numpy())
     if (image == image[:1])[:, known].all():
         restored = restored.convert("L")  # grey stays grey
@@ -386,8 +379,6 @@ def report_picture(model, schedule, image, known, has_truth, folder):
 
 
 # ----------------------------------------------------------------------------------- checkpoints
-
-
 def load_checkpoint(path, device="cpu"):
     """A checkpoint of train.py, loaded without running code in it: (model, the whole dict).
 
@@ -400,10 +391,8 @@ def load_checkpoint(path, device="cpu"):
                 raise ValueError(f"{damaged} is damaged")
             file.seek(0)
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-            kind, config = checkpoint["kind"], checkpoint["config"]
+            kind, config, *_ = (checkpoint[key] for key in KEYS)
             weights = {name: value.float() for name, value in checkpoint["model"].items()}
-            if missing := {"step", "data", "schedule", "settings"} - checkpoint.keys():
-                raise ValueError(f"it lacks {', '.join(missing)}")
             if kind not in ("nf", "dae", "ae"):
                 raise ValueError("it holds another kind of model")
             covariance = weights.get("field.covariance")
@@ -414,7 +403,7 @@ def load_checkpoint(path, device="cpu"):
             model = (NFDenoiser(weights["alphas_cumprod"], **config) if kind == "nf"
                      else DenoisingAutoencoder(**config))
             model.load_state_dict(weights)
-        except Exception as problem:  # another or a damaged file can fail in any way
+        except Exception as problem:  # a foreign or damaged file can fail in any way
             reason = f"{type(problem).__name__}: {str(problem).strip()}".split("\n")[0][:150]
             raise ValueError(f"{path} is not a checkpoint of this version of train.py "
                              f"({reason})") from None
@@ -422,7 +411,10 @@ def load_checkpoint(path, device="cpu"):
 
 
 def save_checkpoint(path, checkpoint):
-    """Write a temporary file, flush it to the disk, rename it: a crash spares the old one."""
+    """Write a temporary file, flush it to the disk, rename it: a crash leaves the old file intact.
+
+    Raises OSError if the disk is full; torch.save alone would raise a RuntimeError.
+    """
     buffer, temporary = io.BytesIO(), path.with_name(path.name + ".part")
     torch.save(checkpoint, buffer)
     try:
@@ -442,8 +434,7 @@ def export(model, checkpoint, path):
     covariance = weights.get("field.covariance")
     if covariance is not None and covariance.dim() == 2:
         weights["field.covariance"] = covariance[*torch.triu_indices(*covariance.shape)]
-    keys = ("kind", "config", "settings", "schedule", "data", "step")
-    save_checkpoint(path, {key: checkpoint[key] for key in keys} | dict(model=weights))
+    save_checkpoint(path, {key: checkpoint[key] for key in KEYS} | dict(model=weights))
     print(f"exported: {path}")
 
 
@@ -452,20 +443,19 @@ def pick_device(name):
     try:
         torch.zeros(1, device=name).item()
         return torch.device(name)
-    except (RuntimeError, AssertionError) as problem:
+    except Exception as problem:  # each kind of device has its own
         reason = str(problem).splitlines()[0]
         raise ValueError(f"--device {name} cannot be used: {reason}") from None
 
 
 # ------------------------------------------------------------------------------------------ main
-
-
 def between(low, high, kind=int):
     """A type for argparse: numbers from low to high."""
     def parse(text):
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"must be between {low} and {high}, got {text}")
         return kind(text)
+    parse.__name__ = kind.__name__  # for argparse's message
     return parse
 
 
@@ -475,9 +465,9 @@ def parse_arguments():
     add = parser.add_argument
     add("checkpoint", nargs="?", type=Path, help="default: newest below --out; --image: shipped")
     add("--sampler", choices=["ddim", "ddpm"], help="default ddim")
-    add("--steps", type=between(1, 1000), help="of DDIM (default 50); DDPM takes all timesteps")
+    add("--steps", type=between(1, 1000), help="number of DDIM steps (default 50); DDPM takes all")
     add("--eta", type=between(0, 1, float), default=0.0, help="randomness of DDIM, 0 to 1")
-    add("--seed", type=between(0, 2**31 - 1), default=0, help="of the masks and the noise")
+    add("--seed", type=between(0, 2**31 - 1), default=0, help="seed of masks and noise")
     add("--input-ratio", type=between(0.0001, 0.9999, float), default=0.2,
         help="share of the pixels that is given")
     add("--samples", type=between(2, 1000), metavar="K", help="measure the spread of K samples")
@@ -493,7 +483,7 @@ def parse_arguments():
     add("--export", type=Path, metavar="FILE", help="write the weights alone, in half precision")
     add("--json", type=Path, metavar="FILE", help="write the figures of the table to FILE")
     add("--data", help="default: what the model was trained on")
-    add("--data-dir", type=Path, default=Path("data"), help="where data sets are")
+    add("--data-dir", type=Path, default=Path("data"), help="folder of the data sets")
     add("--out", type=Path, default=Path("out"), help="folder for everything that is written")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -501,6 +491,8 @@ def parse_arguments():
         parser.error("--steps and --eta are for DDIM; DDPM takes all timesteps")
     if (args.mask or args.upscale > 1 or args.size) and not args.image:
         parser.error("--mask, --upscale and --size are for --image")
+    if args.size and (args.mask or args.upscale > 1):
+        parser.error("--size takes a complete picture: no --mask or --upscale")
     if args.image and not args.size and (args.sampler or args.steps or args.eta or args.samples
                                          or args.full or args.gif or args.scale > 1):
         parser.error("--image draws no samples: add --size 32 to see its middle as they do")
@@ -519,7 +511,7 @@ def main():
     kind, config = checkpoint["kind"], checkpoint["config"]
     print(f"{path}: {kind}, {checkpoint['step']:,} steps on {checkpoint['data']}")
     if args.export:
-        export(model, checkpoint, args.export)
+        return export(model, checkpoint, args.export)
     channels, side = (config["channels"], config["side"]) if kind == "nf" else (1, 28)
     if kind == "nf":
         schedule = DiffusionSchedule(**checkpoint["schedule"]).to(device)
@@ -556,17 +548,11 @@ def main():
     if args.json:
         figures = dict(checkpoint=str(path), data=str(name), images=len(images), seed=args.seed,
                        methods=results)
+        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(figures, indent=1) + "\n")
         print(f"figures: {args.json}")
     print(f"{time.time() - start:.0f} s on {device}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as problem:
-        sys.exit(f"error: {problem}")
-    except torch.OutOfMemoryError:
-        sys.exit("error: out of memory: use a smaller --evaluate or --samples")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run(main)

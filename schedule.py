@@ -1,4 +1,4 @@
-"""The arithmetic of diffusion: how clean data becomes noise, and how to come back step by step.
+"""The arithmetic of diffusion: how clean data becomes noise, and how to undo it step by step.
 
 Forward process   x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps,    eps ~ N(0, I)
                   alpha_t = 1 - beta_t,   alpha_bar_t = alpha_0 alpha_1 ... alpha_t
@@ -23,7 +23,7 @@ def cosine_beta_schedule(timesteps, s=0.008):
     """Betas for which alpha_bar follows a squared cosine. Improved DDPM, eq. 17.
 
     timesteps: T, 1 to 10,000. s: an offset that keeps the first betas from being tiny.
-    Returns float64 (T,), clipped to [0.0001, 0.9999]. Raises ValueError for another T.
+    Returns float64 (T,), clipped to [0.0001, 0.9999]. Raises ValueError for a T out of range.
     """
     _check_timesteps(timesteps)
     u = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
@@ -34,7 +34,7 @@ def cosine_beta_schedule(timesteps, s=0.008):
 def linear_beta_schedule(timesteps, beta_start=0.0001, beta_end=0.02):
     """Betas on a straight line from beta_start to beta_end, both in (0, 1). DDPM, section 4.
 
-    timesteps: T, 1 to 10,000. Returns float64 (T,). Raises ValueError for another T or other betas.
+    timesteps: T, 1 to 10,000. Returns float64 (T,). Raises ValueError for values out of range.
     """
     _check_timesteps(timesteps)
     if not (0 < beta_start < 1 and 0 < beta_end < 1):
@@ -50,9 +50,9 @@ def _check_timesteps(timesteps):
 class DiffusionSchedule:
     """The constants of a noise schedule, float64 tensors (T,), and the steps that use them.
 
-    timesteps: T, 1 to 10,000. beta_schedule: "cosine" or "linear". Others raise ValueError.
-    x_0, x_t, noise and the results are float (B, ...) of one shape; noise is N(0, I), drawn here if
-    it is None. A timestep is an int (IndexError if it is out of range) or an int64 tensor (B,).
+    timesteps: T, 1 to 10,000. beta_schedule: "cosine" or "linear". Raises ValueError for others.
+    x_0, x_t, noise and the results are float (B, ...) of one shape; noise is N(0, I), drawn by a
+    step if it is None. A timestep is an int (IndexError out of range) or an int64 tensor (B,).
     """
 
     def __init__(self, timesteps=1000, beta_schedule="cosine"):
@@ -96,7 +96,7 @@ class DiffusionSchedule:
         t_next: below t; -1 is clean data. eta: 0 is deterministic; 1 with t_next = t - 1 is DDPM.
         """
         alpha_bar = _at(self.alphas_cumprod, t, x_t)
-        alpha_bar_next = _at(self.alphas_cumprod_prev, t_next + 1, x_t)  # 1 for t_next = -1
+        alpha_bar_next = _at(self.alphas_cumprod_prev, t_next + 1, x_t)  # 1 if t_next = -1
         sigma = eta * ((1 - alpha_bar_next) / (1 - alpha_bar)  # eq. 16
                        * (1 - alpha_bar / alpha_bar_next)).sqrt()
         # eq. 12: predicted x_0, direction pointing to x_t, random noise
@@ -117,7 +117,7 @@ class DiffusionSchedule:
         return (posterior_mean + _at(self.posterior_variance, t, x_t).sqrt() * noise).to(x_t.dtype)
 
     def timesteps(self, num_steps):
-        """Evenly spread from T - 1 to 0, int64 (num_steps,). Raises ValueError for 0 or above T."""
+        """int64 (num_steps,), evenly spread from T - 1 to 0. Raises ValueError for 0 or above T."""
         if not 1 <= num_steps <= self.num_timesteps:
             raise ValueError(f"sampling steps must be 1 to {self.num_timesteps}, got {num_steps}")
         steps = torch.linspace(self.num_timesteps - 1, 0, num_steps, dtype=torch.float64)
@@ -139,9 +139,9 @@ def ddim_sample(model, schedule, output_coords, input_coords, input_values, num_
 
     model(x_t, output_coords, t, input_coords, input_values) -> x_0_hat. output_coords
     (B, N_out, 2), input_coords (B, N_in, 2), input_values (B, N_in, C) in [-1, 1]. eta: 0 is
-    deterministic given the first noise, 1 as random as DDPM. on_step(t, x_t, x_0_hat) is called
-    before each step. Returns (B, N_out, C), not clamped. Raises ValueError for num_steps outside
-    1..T or eta outside [0, 1].
+    deterministic given the initial noise, 1 adds as much noise as DDPM. on_step(t, x_t, x_0_hat)
+    is called before each step. Returns (B, N_out, C), not clamped. Raises ValueError for num_steps
+    outside 1..T or eta outside [0, 1].
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be between 0 and 1, got {eta}")

@@ -12,11 +12,13 @@ All three compare a prediction with the CLEAN image:
 
     nf     x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps at the output pixels
            loss = mean (f(x_t, coords_out, t, coords_in, x_in) - x_0)^2     DDPM, algorithm 1
-    dae    loss = mean (g(f(corrupt(x))) - x)^2       the loop: train_autoencoder, autoencoder.py
+    dae    loss = mean (g(f(corrupt(x))) - x)^2       autoencoder_loss in autoencoder.py
     ae     loss = mean (g(f(x)) - x)^2
 
-The seed of step n is a function of --seed and n, so a run is resumed from its step number, on a
-CPU bit for bit. Below out/MODEL: checkpoint.pt, loss.png, samples.png, results.json.
+The loop is training_loop in autoencoder.py: draw a batch, its loss, backward, step. Each step
+seeds its random numbers with a function of --seed and its number, so a resumed run repeats an
+uninterrupted one, on a CPU bit for bit. Below out/MODEL it writes checkpoint.pt, loss.png,
+samples.png and results.json.
 """
 import os
 
@@ -35,13 +37,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from autoencoder import (DenoisingAutoencoder, batches, corrupted, corruption, report_autoencoder,
-                         train_autoencoder, warmup_cosine)
-from data import fixed_order, load_dataset, sparse_split
+from autoencoder import (DenoisingAutoencoder, autoencoder_loss, corrupted, report_autoencoder,
+                         training_loop)
+from data import fixed_order, load_dataset, run, sparse_split
 from nf_denoiser import PARTS, SIZES, NFDenoiser, pixel_covariance
 from noise import NOISES
 from sample import (between, evaluate_field, load_checkpoint, pick_device, report_field,
@@ -49,8 +50,6 @@ from sample import (between, evaluate_field, load_checkpoint, pick_device, repor
 from schedule import DiffusionSchedule, ddim_sample, line_chart
 
 # ------------------------------------------------------------------------------- the neural field
-
-
 def field_loss(model, images, schedule, pure_noise, order=None, shard=slice(None)):
     """DDPM, algorithm 1, for x_0 instead of eps: the loss of one draw of pixels, t and noise.
 
@@ -66,30 +65,6 @@ def field_loss(model, images, schedule, pure_noise, order=None, shard=slice(None
         x_0_hat = model(None if pure_noise else x_t[shard], split["output_coords"][shard], t[shard],
                         split["input_coords"][shard], split["input_values"][shard])
     return F.mse_loss(x_0_hat, x_0[shard])
-
-
-def train_field(model, optimizers, images, schedule, args, first=0, shard=slice(None)):
-    """The training loop: yields (steps done, loss) after each of args.steps, from step `first`.
-
-    images: uint8 (N, C, H, W). One half of each batch is at the last timestep, the other at all.
-    """
-    for step, index in batches(images, args.batch_size, args.steps, args.seed, first):
-        torch.manual_seed(args.seed * 1_000_003 + step)
-        losses = []
-        for half, pure_noise in zip(index.chunk(2), (True, False)):
-            order = None
-            if args.masks == "fixed":
-                order = fixed_order(args.seed, half, images[0, 0].numel())
-            losses.append(field_loss(model, images[half], schedule, pure_noise, order, shard))
-        loss = sum(losses) / 2
-        model.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            group = optimizer.param_groups[0]
-            group["lr"] = group["initial_lr"] * warmup_cosine(step, args.steps, 0.02)
-            optimizer.step()
-        yield step + 1, loss.detach()
 
 
 def mixed_precision(device):
@@ -135,13 +110,10 @@ def make_optimizers(model, args):
     if rest:
         optimizers.append(torch.optim.AdamW(rest, 0.15 * args.lr if muon else args.lr, fused=True,
                                             weight_decay=0.01 if args.model == "nf" else 0.0))
-    for optimizer in optimizers:
-        optimizer.param_groups[0]["initial_lr"] = optimizer.param_groups[0]["lr"]
     return optimizers
 
 
 # --------------------------------------------------------------------------------- command line
-
 RECIPES = {  # --lr is Muon's (AdamW gets 0.15 of it); full and the autoencoders have AdamW alone
     "small": dict(batch_size=32, lr=0.02, steps=1250),
     "medium": dict(batch_size=32, lr=0.02, steps=7000),
@@ -149,7 +121,8 @@ RECIPES = {  # --lr is Muon's (AdamW gets 0.15 of it); full and the autoencoders
     "ae": dict(batch_size=512, lr=6e-3, epochs=10),
 }
 # the flags that a resumed run may change
-FREE = {"steps", "epochs", "device", "resume", "evaluate", "bench", "out", "data_dir"}
+FREE = {"steps", "epochs", "device", "resume", "evaluate", "bench", "out", "data_dir",
+        "noise_param"}  # of which noise holds the value
 
 
 def parse_arguments():
@@ -159,26 +132,31 @@ def parse_arguments():
     add("--model", choices=["nf", "dae", "ae"], default="nf")
     add("--size", choices=list(SIZES), default="small", help="nf only")
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="nf only")
-    add("--masks", choices=["fresh", "fixed"], default="fresh", help="nf only; of each image")
+    add("--masks", choices=["fresh", "fixed"], default="fresh", help="nf only; fixed: by image")
     add("--beta-schedule", choices=["cosine", "linear"], default="cosine", help="nf only")
     add("--noise", choices=[*NOISES, "mixed"], default="gaussian", help="dae only")
     add("--noise-param", type=float, help="dae only (default 0.3, salt_pepper 0.2)")
     add("--data", default="auto", help="auto, cifar10, mnist, leaves, glyphs or your own folder")
-    add("--data-dir", type=Path, default=Path("data"), help="where data sets are")
+    add("--data-dir", type=Path, default=Path("data"), help="folder of the data sets")
     add("--out", type=Path, default=Path("out"), help="folder for everything that is written")
     add("--steps", type=count, help="how many batches to train on")
     add("--epochs", type=count, help="or how many times through the data")
     add("--batch-size", type=count)
     add("--lr", type=between(1e-12, 1e99, float), help="peak learning rate")
     add("--seed", type=between(0, 2**31 - 1), default=42)
-    cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # under torchrun a GPU for each process
-    add("--device", default=cuda if torch.cuda.is_available() else "cpu")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--resume", action="store_true", help="go on from the checkpoint below --out")
     add("--evaluate", type=count, default=200, help="nf only: images in the closing table")
     add("--bench", action="store_true", help="measure the speed of training instead")
     args = parser.parse_args()
     if args.steps and args.epochs:
         parser.error("give --steps or --epochs, not both")
+    only = dict(size="nf", parts="nf", masks="nf", beta_schedule="nf", noise="dae")
+    for flag, model in only.items():
+        if args.model != model and getattr(args, flag) != parser.get_default(flag):
+            parser.error(f"--{flag.replace('_', '-')} is for --model {model}")
+    if torch.cuda.is_available():  # under torchrun a GPU for each process
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     args.device = pick_device(args.device)
     recipe = RECIPES[args.size if args.model == "nf" else "ae"]
     args.batch_size, args.lr = args.batch_size or recipe["batch_size"], args.lr or recipe["lr"]
@@ -239,7 +217,7 @@ def resume(path, settings, model, optimizers, losses):
 
 
 def bench(loop, loss, model, optimizers, args):
-    """Print images per second of the loop's own steps, their parts, the share of the matmul rate.
+    """Print the speed of a training step, its parts, and its share of the matmul rate.
 
     loss: a function without arguments, the loss of one batch as the loop computes it.
     """
@@ -249,7 +227,7 @@ def bench(loop, loss, model, optimizers, args):
 
     matrix = torch.rand(2048, 2048, device=args.device)
     work = dict(step=lambda: next(loop), forward=loss, both=forward_backward,
-                optimiser=lambda: [optimizer.step() for optimizer in optimizers],
+                optimizers=lambda: [optimizer.step() for optimizer in optimizers],
                 matmul=lambda: matrix @ matrix)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         forward_backward()
@@ -260,9 +238,9 @@ def bench(loop, loss, model, optimizers, args):
             timer = Timer("f()", globals=dict(f=function), num_threads=torch.get_num_threads())
             with mixed_precision(args.device) if name == "matmul" else contextlib.nullcontext():
                 seconds[name].append(timer.timeit(1).mean)
-    step, forward, both, optimiser, matmul = (statistics.median(s) for s in seconds.values())
-    parts = dict(forward=forward, backward=both - forward, optimiser=optimiser,
-                 drawing=step - both - optimiser)
+    step, forward, both, update, matmul = (statistics.median(s) for s in seconds.values())
+    parts = {"drawing and forward": forward, "backward": both - forward, "optimizers": update,
+             "rest": step - both - update}
     print(f"whole step {1e3 * step:.1f} ms, {args.batch_size / step:.1f} images/s: "
           + ", ".join(f"{name} {value / step:.1%}" for name, value in parts.items()))
     flops, rate = counter.get_total_flops(), 2 * 2048**3 / matmul
@@ -284,25 +262,18 @@ def draw_losses(folder, losses, tests, metric, title):
     print(f"picture: {folder / 'loss.png'}")
 
 
-def start_processes(args):
-    """Join the processes of torchrun: (rank, number of processes, rank on this machine)."""
+def main():
+    args = parse_arguments()
+    # torchrun starts `world` processes; this one is `rank`, and `local_rank` on its machine
     rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in
                                (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     divisor = world * (2 if args.model == "nf" else 1)
     if args.batch_size % divisor:
         raise ValueError(f"--batch-size must be a multiple of {divisor}, got {args.batch_size}")
     if world > 1:
-        if args.device.type == "cuda":
-            torch.cuda.set_device(args.device)
         torch.distributed.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
-    if rank:  # one process prints
+    if rank:
         sys.stdout = open(os.devnull, "w")
-    return rank, world, local_rank
-
-
-def main():
-    args = parse_arguments()
-    rank, world, local_rank = start_processes(args)
     if local_rank:  # the first process of a machine fetches the data, the others find it there
         torch.distributed.barrier()
     real = "cifar10" if args.model == "nf" else "mnist"
@@ -314,41 +285,38 @@ def main():
         raise ValueError(f"--batch-size {args.batch_size} is more than {len(images):,} images")
     images, test_images = images.to(args.device), test_images.to(args.device)
     per_epoch = len(images) // args.batch_size
-    args.steps = 10**6 if args.bench else args.steps or args.epochs * per_epoch
+    if args.steps is None:
+        args.steps = args.epochs * per_epoch
+    if args.bench:
+        args.steps = 1000  # more than it takes
     model, config = build(args, images)
     optimizers = make_optimizers(model, args)
     if not optimizers:  # --parts field is linear algebra: it has no weights
-        if args.bench:
-            raise ValueError("--parts field has no weights: there is nothing to time")
+        if args.bench or args.resume:
+            raise ValueError("--parts field has no weights: there is nothing to time or resume")
         args.steps = 0
 
-    trained, first, shard = model, 0, slice(rank, None, world)
-    losses, tests = torch.zeros(args.steps, device=args.device), []
-    settings = {key: value for key, value in vars(args).items() if key not in FREE}
-    folder = args.out / args.model
-    path = folder / "checkpoint.pt"
-    if args.resume:
-        first, tests = resume(path, settings, model, optimizers, losses)
-    if world > 1 and optimizers:  # averages the gradients of all processes during backward()
-        trained = DistributedDataParallel(model, broadcast_buffers=False)
-    print(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters | {args.data}: "
-          f"{len(images):,} images | batch {args.batch_size}, {args.steps:,} steps, lr {args.lr:g}"
-          f" | {args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    def average(p):
+        """The mean of a parameter's gradient over all processes, while backward() runs."""
+        torch.distributed.all_reduce(p.grad)
+        p.grad /= world
 
-    if args.model == "nf":
-        schedule = DiffusionSchedule(beta_schedule=args.beta_schedule).to(args.device)
-        loop = train_field(trained, optimizers, images, schedule, args, first, shard)
-        loss = lambda: sum(field_loss(model, images[:args.batch_size // 2], schedule, pure_noise)
-                           for pure_noise in (True, False)) / 2
-        every, metric = min(500, max(1, args.steps // 8)), "one-step PSNR"
-    else:
-        corrupt, clean = corruption(args.noise), images.flatten(1).float() / 255
-        loop = train_autoencoder(trained, optimizers[0], clean, corrupt, args.steps,
-                                 args.batch_size, args.lr, args.seed, first, shard)
-        loss = lambda: F.mse_loss(model(clean[:args.batch_size])[0], clean[:args.batch_size])
-        every, metric = per_epoch, "test MSE"
-    if args.bench:
-        return bench(loop, loss, model, optimizers, args)
+    for p in model.parameters() if world > 1 else ():
+        p.register_post_accumulate_grad_hook(average)
+    schedule = DiffusionSchedule(beta_schedule=args.beta_schedule).to(args.device)
+    clean, shard = images.flatten(1).float() / 255, slice(rank, None, world)
+
+    def batch_loss(index):
+        """The loss of this process's share of the images `index` (batch_size,)."""
+        if args.model != "nf":
+            return autoencoder_loss(model, clean.index_select(0, index), args.noise, shard)
+        losses = []  # one half of the batch is at the last timestep, the other at random ones
+        for half, pure_noise in zip(index.chunk(2), (True, False)):
+            order = None
+            if args.masks == "fixed":
+                order = fixed_order(args.seed, half, images[0, 0].numel())
+            losses.append(field_loss(model, images[half], schedule, pure_noise, order, shard))
+        return sum(losses) / 2
 
     @torch.no_grad()
     def measure():
@@ -359,6 +327,25 @@ def main():
             return [figures[name]["psnr"] for name in ("one-step mean", "kriging")]
         test = test_images[:1000].flatten(1).float() / 255
         return [F.mse_loss(model(corrupted(test, args.noise))[0], test).item()]
+
+    folder, first = args.out / args.model, 0
+    path = folder / "checkpoint.pt"
+    losses, tests = torch.zeros(args.steps, device=args.device), []
+    settings = {key: value for key, value in vars(args).items() if key not in FREE}
+    if args.resume:
+        first, tests = resume(path, settings, model, optimizers, losses)
+    warmup, metric, every = 0.1, "test MSE", per_epoch
+    if args.model == "nf":
+        warmup, metric, every = 0.02, "one-step PSNR", min(500, max(1, args.steps // 8))
+    loop = training_loop(model, optimizers, batch_loss, images, args.steps, args.batch_size,
+                         args.seed, warmup, first)
+    print(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters | {args.data}: "
+          f"{len(images):,} images | {args.device}, {torch.get_num_threads()} threads, torch "
+          f"{torch.__version__}")
+    if args.bench:
+        index = torch.arange(args.batch_size, device=args.device)
+        return bench(loop, lambda: batch_loss(index), model, optimizers, args)
+    print(f"batches of {args.batch_size}, {args.steps:,} steps, learning rate {args.lr:g}")
 
     def save(step):
         if rank == 0:
@@ -371,14 +358,17 @@ def main():
     stop = []  # Ctrl-C ends the loop after a whole step, a second one at once
     if world == 1:
         signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append(True))
+    if path.exists() and not args.resume:
+        print(f"notice: {path} will be replaced; --resume would go on from it")
     folder.mkdir(parents=True, exist_ok=True)
-    step, start = first, time.time()
+    step, start = first, time.perf_counter()
     for step, loss in loop:
         losses[step - 1] = loss
-        rate = (step - first) / (time.time() - start)
+        rate = (step - first) / (time.perf_counter() - start)
         line = (f"step {step:,} of {args.steps:,}  {rate * args.batch_size:,.0f} images/s  "
                 f"{(args.steps - step) / rate:.0f} s left")
-        testing, stopping = step % every == 0 or step == args.steps, bool(stop)
+        testing = step % every == 0 or step == args.steps
+        stopping = bool(stop)
         if testing:
             tests.append([step, *measure()])
             line += f"  {metric} {tests[-1][1]:.4g}"
@@ -390,7 +380,7 @@ def main():
             save(step)
             print(f"{line}  loss {recent:.5f}", flush=True)
         elif sys.stdout.isatty():
-            print(line, end="\r")
+            print(line, end="\x1b[K\r")  # clears the rest of the line
         if stopping:
             break
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -399,7 +389,7 @@ def main():
         sys.exit(130)
     if not optimizers:
         save(0)
-    print(f"trained in {time.time() - start:.0f} s; checkpoint: {path}")
+    print(f"trained in {time.perf_counter() - start:.0f} s; checkpoint: {path}")
     if world > 1:
         torch.distributed.destroy_process_group()
     if rank:
@@ -419,11 +409,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, torch.linalg.LinAlgError) as problem:
-        sys.exit(f"error: {problem}")
-    except torch.OutOfMemoryError:
-        sys.exit("error: out of memory: use a smaller --batch-size")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run(main)
