@@ -47,13 +47,14 @@ def load_cifar10(root, train):
     Returns (images uint8 (N, 3, 32, 32), labels uint8 (N,)); N is 50,000 or 10,000, or fewer,
     with a notice. Raises Unavailable if it cannot be fetched, ValueError for a damaged file.
     """
-    folder, records = Path(root) / "cifar-10-batches-bin", []
+    folder = Path(root) / "cifar-10-batches-bin"
     names = [f"data_batch_{i}.bin" for i in range(1, 6)] if train else ["test_batch.bin"]
     if not all((folder / name).exists() for name in names):
         archive = Path(root) / "cifar-10-binary.tar.gz"
         download(CIFAR10_URLS, archive, CIFAR10_MD5)
         shutil.unpack_archive(archive, root, filter="data")  # nothing outside this folder
         archive.unlink()
+    records = []
     for name in names:
         content = np.fromfile(folder / name, np.uint8, count=30_730_001)
         if len(content) not in range(3073, 30_730_001, 3073) or content[::3073].max() > 9:
@@ -101,7 +102,8 @@ def read_idx(path, shape):
 
 def download(urls, path, md5):
     """Download from the first URL whose content has this MD5 checksum. Raises Unavailable."""
-    temporary, reasons = path.with_name(path.name + ".part"), []
+    temporary = path.with_name(path.name + ".part")
+    reasons = []
     for url in urls:
         print(f"downloading {url}", flush=True)
         try:
@@ -126,7 +128,9 @@ def make_leaves(count, seed):
 
     Returns (images uint8 (count, 3, 32, 32), labels, all 0), a function of count and seed.
     """
-    rng, tiles, discs = np.random.default_rng(seed), [], 35_592  # 5 times the area of the canvas
+    rng = np.random.default_rng(seed)
+    discs = 35_592  # 5 times the area of the canvas
+    tiles = []
     for _ in range(0, count, 1024):  # a canvas of 1024 x 1024 pixels is cut into 1024 images
         u = rng.random((discs, 1))  # radius: the inverse of its distribution function at u
         radius = (3**-2 - u * (3**-2 - 40**-2)) ** -0.5
@@ -147,11 +151,14 @@ def make_glyphs(count, seed):
 
     Returns (images uint8 (count, 1, 28, 28), labels uint8 0 to 9), a function of count and seed.
     """
-    rng, fonts = np.random.default_rng(seed), [ImageFont.load_default(n) for n in range(20, 31)]
-    images, labels = np.empty((count, 1, 28, 28), np.uint8), rng.integers(0, 10, count, np.uint8)
+    rng = np.random.default_rng(seed)
+    fonts = [ImageFont.load_default(size) for size in range(20, 31)]
+    images = np.empty((count, 1, 28, 28), np.uint8)
+    labels = rng.integers(0, 10, count, np.uint8)
     for image, label in zip(images, labels):
-        digit, place = Image.new("L", (28, 28)), 14 + rng.uniform(-2.5, 2.5, 2)
-        ImageDraw.Draw(digit).text(place, str(label), 255, fonts[rng.integers(11)], anchor="mm",
+        digit = Image.new("L", (28, 28))
+        centre = 14 + rng.uniform(-2.5, 2.5, 2)
+        ImageDraw.Draw(digit).text(centre, str(label), 255, fonts[rng.integers(11)], anchor="mm",
                                    stroke_width=rng.integers(3) / 2)
         image[0] = digit.rotate(rng.uniform(-20, 20), Image.Resampling.BICUBIC)
     return torch.from_numpy(images), torch.from_numpy(labels)

@@ -154,7 +154,8 @@ class PerceiverIO(nn.Module):
         query_bias (B, 1, 1): if given, the latents read the queries, too, and this is added to
         their attention logits.
         """
-        tokens, queries, bias = self.embed_inputs(inputs), self.embed_queries(queries), None
+        tokens, queries = self.embed_inputs(inputs), self.embed_queries(queries)
+        bias = None
         if query_bias is not None:
             bias = F.pad(query_bias.expand(-1, 1, queries.shape[1]), (tokens.shape[1], 0))
             bias = bias[:, None]                                             # (B, 1, 1, N + M)
@@ -172,7 +173,8 @@ def pixel_covariance(images):
     Values in [-1, 1], averaged with the mirror images, scaled to a mean variance of 1.
     Returns float32 (side * side, side * side) on the images' device.
     """
-    side, total = images.shape[-1], 0
+    side = images.shape[-1]
+    total = 0
     for part in images.split(1000):
         x = part.flatten(0, 1).flatten(1).float() / 127.5 - 1  # (1000 C, side * side)
         total = total + x.T @ x

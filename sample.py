@@ -104,7 +104,8 @@ def where(split):
 def assemble(split, values=None):
     """Images (B, C, H, W) in [-1, 1]: the input pixels of a split, and values (B, N, C) at its
     first N outputs; grey elsewhere."""
-    shape, image = split["full_image"].shape, 0.0
+    shape = split["full_image"].shape
+    image = 0.0
     if values is not None:
         indices = split["output_indices"][:, :values.shape[1]]
         image = scatter_pixels(indices, values.clamp(-1, 1), shape)
@@ -235,7 +236,8 @@ def report_field(model, schedule, images, folder, name, sampler, seed=0, samples
     images: uint8 (N, C, H, W). sampler: see reconstruct. samples, scale, gif: as the flags.
     options: those of split_images.
     """
-    results, frames = evaluate_field(model, schedule, images, sampler, seed, **options), []
+    results = evaluate_field(model, schedule, images, sampler, seed, **options)
+    frames = []
     split = split_images(images[:6], torch.arange(len(images[:6])), seed, **options)
     record = partial(sampler, on_step=lambda *step: frames.append(step))
     pictures = {"samples.png": draw_field(split, reconstruct(model, schedule, split, record))}
@@ -283,12 +285,14 @@ def restore(image, known, answer, side=32):
     windows = index.unfold(0, side, stride).unfold(1, side, stride).reshape(-1, pixels)
     ramp = torch.sin(math.pi * (torch.arange(side, device=image.device) + 0.5) / side) ** 2
     weight = (ramp[:, None] * ramp).flatten()
-    image, known, shown = image.flatten(1), known.flatten(), time.time()
+    image, known = image.flatten(1), known.flatten()
+    shown = time.time()
     while not known.all():
         counts = known[windows].sum(1)
         counts[counts == pixels] = 0  # complete: nothing to do
         ready = counts >= max(1, counts.max() / 4)
-        total, done = image.new_zeros(channels + 1, len(known)), 0  # weighted sum, sum of weights
+        total = image.new_zeros(channels + 1, len(known))  # weighted sum, sum of weights
+        done = 0
         for count in counts[ready].unique().tolist():
             for some in windows[counts == count].split(16):
                 content = image[:, some].transpose(0, 1)                     # (B, C, pixels)
@@ -355,7 +359,8 @@ def report_picture(model, schedule, image, known, has_truth, folder):
     truth, known = image.to(device).float() / 127.5 - 1, known.to(device)
     given = truth * known
     print(f"{known.sum():,} of {known.numel():,} pixels given")
-    results, answers, captions = {}, {}, [f"{known.float().mean():.0%} of the pixels"]
+    results, answers = {}, {}
+    captions = [f"{known.float().mean():.0%} of the pixels"]
     methods = {"nearest": nearest, "kriging": kriging, "one-step mean": lambda split:
                one_step_mean(model, schedule, **where(split))}
     for name, method in methods.items():
@@ -500,11 +505,12 @@ def parse_arguments():
 
 
 def main():
-    args, start = parse_arguments(), time.time()
-    device, path = pick_device(args.device), args.checkpoint
+    args = parse_arguments()
+    start = time.time()
+    device = pick_device(args.device)
     found = [] if args.image else sorted(args.out.rglob("checkpoint.pt"),
                                          key=lambda file: file.stat().st_mtime)
-    path = path or (found[-1] if found else SHIPPED)
+    path = args.checkpoint or (found[-1] if found else SHIPPED)
     if path == SHIPPED and not path.exists():
         raise ValueError(f"no checkpoint below {args.out}: train one with python train.py")
     model, checkpoint = load_checkpoint(path, device)

@@ -159,7 +159,8 @@ def parse_arguments():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     args.device = pick_device(args.device)
     recipe = RECIPES[args.size if args.model == "nf" else "ae"]
-    args.batch_size, args.lr = args.batch_size or recipe["batch_size"], args.lr or recipe["lr"]
+    args.batch_size = args.batch_size or recipe["batch_size"]
+    args.lr = args.lr or recipe["lr"]
     if not args.steps and not args.epochs:
         args.steps, args.epochs = recipe.get("steps"), recipe.get("epochs")
         if args.steps and args.device.type == "cuda":
@@ -304,7 +305,8 @@ def main():
     for p in model.parameters() if world > 1 else ():
         p.register_post_accumulate_grad_hook(average)
     schedule = DiffusionSchedule(beta_schedule=args.beta_schedule).to(args.device)
-    clean, shard = images.flatten(1).float() / 255, slice(rank, None, world)
+    clean = images.flatten(1).float() / 255
+    shard = slice(rank, None, world)
 
     def batch_loss(index):
         """The loss of this process's share of the images `index` (batch_size,)."""
@@ -328,9 +330,11 @@ def main():
         test = test_images[:1000].flatten(1).float() / 255
         return [F.mse_loss(model(corrupted(test, args.noise))[0], test).item()]
 
-    folder, first = args.out / args.model, 0
+    folder = args.out / args.model
     path = folder / "checkpoint.pt"
-    losses, tests = torch.zeros(args.steps, device=args.device), []
+    first = 0
+    losses = torch.zeros(args.steps, device=args.device)
+    tests = []
     settings = {key: value for key, value in vars(args).items() if key not in FREE}
     if args.resume:
         first, tests = resume(path, settings, model, optimizers, losses)
