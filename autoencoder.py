@@ -30,8 +30,8 @@ class DenoisingAutoencoder(nn.Module):
     """input_dim-256-128-latent_dim-128-256-input_dim, ReLU between, sigmoid at the end.
 
     Images (B, ...) with input_dim values each in [0, 1]. Vincent et al. (2008), section 2. There
-    is no ReLU behind the latent layer: with one, 18 of the 64 latents were 0 for every image after
-    10 epochs, and the test MSE on Gaussian 0.3 was 0.0102 instead of 0.0089.
+    is no ReLU behind the latent layer: with one, 10 and 18 of the 64 latents (seeds 0 and 1) were 0
+    for every test image after 10 epochs, and the MSE on Gaussian 0.3 was 0.0104 instead of 0.0090.
     """
 
     def __init__(self, input_dim=784, latent_dim=64):
@@ -43,8 +43,10 @@ class DenoisingAutoencoder(nn.Module):
         self.decoder = nn.Sequential(
             nn.Linear(latent_dim, 128), nn.ReLU(), nn.Linear(128, 256), nn.ReLU(),
             nn.Linear(256, input_dim), nn.Sigmoid())
+        # He et al. (2015), eq. 10: keeps variances with ReLU. With PyTorch's own initial weights
+        # and no init_output_bias, the same training ends at 0.0147 instead of 0.0090.
         for layer in (*self.encoder, *self.decoder):
-            if isinstance(layer, nn.Linear):  # He et al. (2015), eq. 10: keeps variances with ReLU
+            if isinstance(layer, nn.Linear):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                 nn.init.zeros_(layer.bias)
         # smaller, so that the first output is close to the bias: Glorot & Bengio (2010), eq. 12
@@ -194,13 +196,13 @@ def report_autoencoder(model, images, folder, trained_on):
 def linear_classifier(x, labels, classes=10):
     """Ridge regression to one-hot labels: a function x (N, D) -> labels (N,).
 
-    x: float (N, D), labels: int64 (N,). Minimises mean |A w - one_hot|^2 + 0.01 |w|^2 with
+    x: float (N, D), labels: int64 (N,). Minimises mean |A w - one_hot|^2 + 0.1 |w|^2 with
     A = [x, 1], where each feature is centred, then all are divided by one common scale.
     """
     shift, scale = x.mean(0), x.var(0).mean().sqrt() + 1e-8
     add_one = lambda x: F.pad((x - shift) / scale, (0, 1), value=1)
     A = add_one(x)
-    penalty = 0.01 * len(x) * torch.eye(A.shape[1], device=x.device)
+    penalty = 0.1 * len(x) * torch.eye(A.shape[1], device=x.device)
     w = torch.linalg.solve(A.T @ A + penalty, A.T @ F.one_hot(labels, classes).to(x))
     return lambda x: (add_one(x) @ w).argmax(1)
 

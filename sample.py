@@ -518,18 +518,17 @@ def main():
     print(f"{path}: {kind}, {checkpoint['step']:,} steps on {checkpoint['data']}")
     if args.export:
         return export(model, checkpoint, args.export)
-    channels, side = (config["channels"], config["side"]) if kind == "nf" else (1, 28)
-    if kind == "nf":
-        schedule = DiffusionSchedule(**checkpoint["schedule"]).to(device)
-        sampler = partial(ddim_sample, num_steps=args.steps or 50, eta=args.eta)
-        if args.sampler == "ddpm":
-            sampler = ddpm_sample
-        generator = torch.Generator().manual_seed(args.seed)
-        sampler = partial(sampler, schedule=schedule, generator=generator)
-    elif args.image:
+    if args.image and kind != "nf":
         raise ValueError(f"--image needs a neural field, and {path} is an autoencoder")
+    schedule = DiffusionSchedule(**checkpoint["schedule"]).to(device)
+    sampler = partial(ddim_sample, num_steps=args.steps or 50, eta=args.eta)
+    if args.sampler == "ddpm":
+        sampler = ddpm_sample
+    sampler = partial(sampler, schedule=schedule,
+                      generator=torch.Generator().manual_seed(args.seed))
 
     folder, name, images = args.out / kind, args.image, [args.image]
+    channels, side = config.get("channels", 1), config.get("side", 28)
     if args.image and not args.size:
         problem = load_picture(args.image, channels, args.mask, args.input_ratio, args.upscale,
                                args.seed)
@@ -544,8 +543,9 @@ def main():
         if images.shape[1:] != (channels, side, side):
             raise ValueError(f"{path} takes images of {channels} x {side} x {side}, and those of "
                              f"{name} are {tuple(images.shape[1:])}")
-        images = images[:args.evaluate if kind == "nf" else None].to(device)
+        images = images.to(device)
         if kind == "nf":
+            images = images[:args.evaluate]
             results = report_field(model, schedule, images, folder, name, sampler, args.seed,
                                    args.samples, args.scale, args.gif,
                                    input_ratio=args.input_ratio, full=args.full)
