@@ -1173,7 +1173,7 @@ def test_linear_classifier_is_the_minimum_of_its_objective():
     g = seeded()
     x, y = torch.randn(60, 5, generator=g) + 3, torch.randint(3, (60,), generator=g)
     z = ((x - x.mean(0)) / x.var(0).mean().sqrt()).double().numpy()
-    A = np.vstack([np.column_stack([z, np.ones(60)]), math.sqrt(0.01 * 60) * np.eye(6)])
+    A = np.vstack([np.column_stack([z, np.ones(60)]), math.sqrt(0.1 * 60) * np.eye(6)])
     w = np.linalg.lstsq(A, np.vstack([np.eye(3)[y], np.zeros((6, 3))]), rcond=None)[0]
     test = torch.randn(500, 5, generator=g) + 3
     logits = np.column_stack([(test - x.mean(0)) / x.var(0).mean().sqrt(), np.ones(500)]) @ w
