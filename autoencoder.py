@@ -4,10 +4,10 @@
     decode  x_hat = g(z)       64 -> 128 -> 256 -> 784
     loss    mean (x_hat - x)^2                              x: the CLEAN image
 
-If the target were y, copying the noise would pay off. With x as the target, the 64 numbers are
-best spent on the structure that clean images share. A plain autoencoder is the same network with
-y = x. After Vincent et al., "Extracting and Composing Robust Features with Denoising Autoencoders"
-(ICML 2008).
+If the target were y, the network would learn to copy the noise. With x as the target, its 64
+numbers must describe what clean images have in common. A plain autoencoder is the same network
+with y = x. After Vincent et al., "Extracting and Composing Robust Features with Denoising
+Autoencoders" (ICML 2008).
 
     python autoencoder.py                      # layers and parameters
     python train.py --model dae                # train one; --model ae is its control

@@ -119,8 +119,8 @@ def download(urls, path, md5):
             reasons.append(f"{url}: {problem}")
         finally:
             temporary.unlink(missing_ok=True)
-    raise Unavailable(f"cannot fetch {path.name} ({'; '.join(reasons)}); put the files below "
-                      f"{path.parent} yourself, or use --data leaves or --data glyphs")
+    raise Unavailable(f"cannot fetch {path.name} ({'; '.join(reasons)}); put the files into "
+                      f"{path.parent}/ yourself, or use --data leaves or --data glyphs")
 
 
 def make_leaves(count, seed):

@@ -369,7 +369,8 @@ def report_picture(model, schedule, image, known, has_truth, folder):
         decibels = psnr(error.square().mean().item())
         results[name] = dict(psnr=decibels if has_truth else None)
         captions.append(f"{decibels:.2f} dB" if has_truth else "")
-        print(f"{name:18}{captions[-1]:>10}", flush=True)
+        if has_truth:
+            print(f"{name:18}{captions[-1]:>10}", flush=True)
     columns = {"given": given} | answers | ({"truth": truth} if has_truth else {})
     comparison = image_grid([[x / 2 + 0.5 for x in columns.values()]], list(columns),
                             captions=[[*captions, ""]], zoom=max(1, 256 // max(known.shape)))
@@ -480,7 +481,8 @@ def parse_arguments():
     add("--scale", type=between(1, 16), default=1, help="query a grid this many times as fine")
     add("--gif", action="store_true", help="animate the denoising")
     add("--image", type=Path, help="restore this picture; missing: --mask, transparent or random")
-    add("--mask", type=Path, help="of --image, a picture of its size; white: missing")
+    add("--mask", type=Path,
+        help="of --image, a picture of its size; white: missing (a little more than the damage)")
     add("--upscale", type=between(1, 8), default=1, metavar="N", help="enlarge --image N times")
     add("--size", type=between(1, 64), help="reduce --image to the size of the training images, 32")
     add("--evaluate", type=between(1, 10**6), nargs="?", const=1000, default=6, metavar="N",
