@@ -85,10 +85,13 @@ def warmup_cosine(step, steps, warmup):
     return rise * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def batches(images, batch_size, steps, seed, first=0):
-    """Yields (step, indices (batch_size,)) from step `first`: each epoch is a new order of images.
+def training_loop(model, optimizers, batch_loss, images, steps, batch_size, seed, warmup, first=0):
+    """The loop that trains every model: yields (steps done, loss) after each step from `first`.
 
-    images (N, ...). The order depends on (seed, epoch) alone, so that a run can be resumed.
+    images: (N, ...), in a new order in each epoch. batch_loss: indices (batch_size,) of images ->
+    loss; its random numbers are torch's own. They and the order are seeded with functions of seed,
+    epoch and step, so that a run can be resumed at any step. The peak learning rate is the one
+    that an optimizer was made with.
     """
     per_epoch = max(1, len(images) // batch_size)
     for step in range(first, steps):
@@ -96,19 +99,8 @@ def batches(images, batch_size, steps, seed, first=0):
         if place == 0 or step == first:
             generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
             order = torch.randperm(len(images), generator=generator).to(images.device)
-        yield step, order[place * batch_size:(place + 1) * batch_size]
-
-
-def training_loop(model, optimizers, batch_loss, images, steps, batch_size, seed, warmup, first=0):
-    """The loop that trains every model: yields (steps done, loss) after each step from `first`.
-
-    batch_loss: indices (batch_size,) of images (N, ...) -> loss. Its random numbers are torch's
-    own, seeded with a function of seed and step, so that a run can be resumed at any step.
-    The peak learning rate is the one that an optimizer was made with.
-    """
-    for step, index in batches(images, batch_size, steps, seed, first):
         torch.manual_seed(seed * 1_000_003 + step)
-        loss = batch_loss(index)
+        loss = batch_loss(order[place * batch_size:(place + 1) * batch_size])
         model.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -274,7 +266,7 @@ EXERCISES = {  # name: (what its models are trained on, function)
 def train_models(texts, images, seeds, epochs, batch_size=512, lr=6e-3):
     """Train one model for each corruption and seed, as train.py does: {corruption: [models]}.
 
-    images: float (N, 784) in [0, 1]. Raises ValueError if a loss is not finite.
+    images: float (N, 784) in [0, 1]. Raises ValueError if the last loss is not finite.
     """
     models = {text: [] for text in texts}
     steps = epochs * max(1, len(images) // batch_size)
@@ -348,7 +340,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--exercise", choices=[*EXERCISES, "all"])
-    add("--seeds", type=int, default=3, help="how often each model is trained")
+    add("--seeds", type=int, default=3, help="train each model with this many seeds")
     add("--epochs", type=int, default=10)
     add("--batch-size", type=int, default=512)
     add("--data", default="auto", help="auto, mnist, glyphs or a folder")

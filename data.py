@@ -165,7 +165,7 @@ def make_glyphs(count, seed):
 
 
 def open_picture(path):
-    """A Pillow image, upright. Raises ValueError if the file is none, damaged or far too large."""
+    """A Pillow image, upright. Raises ValueError for a file that is no picture, damaged or huge."""
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
@@ -234,7 +234,7 @@ def load_dataset(name, root, train, real="cifar10"):
 
 
 def fixed_order(seed, indices, num_pixels):
-    """Random float32 (B, num_pixels), a function of seed, image (indices: int64 (B,)) and pixel."""
+    """Uniform random float32 (B, num_pixels), fixed by seed and image index; indices: (B,)."""
     rows = [np.random.default_rng((seed, index)).random(num_pixels) for index in indices.tolist()]
     return torch.from_numpy(np.stack(rows)).to(indices.device, torch.float32)
 
@@ -321,7 +321,7 @@ def run(main):
     except RuntimeError as problem:  # of a GPU or of the CPU
         if "memory" not in str(problem):
             raise
-        sys.exit("error: out of memory: use a smaller --batch-size, --evaluate or --samples")
+        sys.exit("error: out of memory: use a smaller --batch-size, --samples or --scale")
     except KeyboardInterrupt:
         sys.exit(130)
 

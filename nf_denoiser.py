@@ -213,7 +213,7 @@ class GaussianField(nn.Module):
 
         output_indices (B, N_out), x_t (B, N_out, C), alpha_bar (B, 1, 1): the noisy ones, or None.
         Returns (posterior_mean (B, C, P), variance (B, 1, C) of each channel's prior).
-        Raises torch.linalg.LinAlgError (a RuntimeError) if the covariance is not positive.
+        Raises torch.linalg.LinAlgError (a RuntimeError) if the covariance is not positive definite.
         """
         indices = input_indices
         mean = input_values.mean(dim=1, keepdim=True)                        # (B, 1, C)

@@ -4,7 +4,7 @@
     python sample.py --image photo.jpg                # restore a photograph from 20% of its pixels
     python sample.py --image damaged.png --mask mask.png      # white pixels of the mask: missing
     python sample.py --image small.png --upscale 2
-    python sample.py --image photo.jpg --size 32 --gif        # its middle as one training image
+    python sample.py --image photo.jpg --size 32 --gif        # its middle square, 32 x 32
     python sample.py out/nf/checkpoint.pt --evaluate  # 1,000 test images: MSE, MAE, PSNR, SSIM
     python sample.py --sampler ddim --steps 20 --eta 1        # --sampler ddpm takes all timesteps
     python sample.py --full --scale 4                 # all missing pixels in a sample; a fine grid
@@ -209,7 +209,7 @@ def draw_fine(model, schedule, split, scale):
 
 
 def animate(split, frames, path):
-    """A GIF of three images: x_t above, the prediction x_0_hat below, 25 to 50 of the steps."""
+    """A GIF of three images: x_t above, the prediction x_0_hat below, at most 50 of the steps."""
     pictures = []
     for t, *values in [*frames[::max(1, len(frames) // 25)], *[frames[-1]] * 10]:
         rows = [list(assemble(split, x)[:3] / 2 + 0.5) for x in values]
@@ -478,7 +478,7 @@ def parse_arguments():
         help="share of the pixels that is given")
     add("--samples", type=between(2, 1000), metavar="K", help="measure the spread of K samples")
     add("--full", action="store_true", help="sample all missing pixels jointly")
-    add("--scale", type=between(1, 16), default=1, help="query a grid this many times as fine")
+    add("--scale", type=between(1, 16), default=1, help="draw on a grid this many times as fine")
     add("--gif", action="store_true", help="animate the denoising")
     add("--image", type=Path, help="restore this picture; missing: --mask, transparent or random")
     add("--mask", type=Path,
@@ -510,9 +510,8 @@ def main():
     args = parse_arguments()
     start = time.time()
     device = pick_device(args.device)
-    found = [] if args.image else sorted(args.out.rglob("checkpoint.pt"),
-                                         key=lambda file: file.stat().st_mtime)
-    path = args.checkpoint or (found[-1] if found else SHIPPED)
+    newest = max(args.out.rglob("checkpoint.pt"), key=os.path.getmtime, default=SHIPPED)
+    path = args.checkpoint or (SHIPPED if args.image else newest)
     if path == SHIPPED and not path.exists():
         raise ValueError(f"no checkpoint below {args.out}: train one with python train.py")
     model, checkpoint = load_checkpoint(path, device)
@@ -539,7 +538,7 @@ def main():
         if args.image:
             images = square_picture(open_picture(args.image), channels, args.size)[None]
         else:
-            wanted = args.data or ("auto" if path == SHIPPED else checkpoint["data"])
+            wanted = args.data or ("auto" if path.resolve() == SHIPPED else checkpoint["data"])
             real = "cifar10" if channels == 3 else "mnist"
             name, images, _ = load_dataset(wanted, args.data_dir, train=False, real=real)
         if images.shape[1:] != (channels, side, side):
