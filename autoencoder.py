@@ -351,12 +351,12 @@ def main():
     if min(args.seeds, args.epochs, args.batch_size) < 1:
         parser.error("--seeds, --epochs and --batch-size must be at least 1")
     if args.exercise:
-        lab(args)
+        from data import run
+        run(partial(lab, args))
     else:
         model = DenoisingAutoencoder()
         print(model, f"{sum(p.numel() for p in model.parameters()):,} parameters", sep="\n")
 
 
 if __name__ == "__main__":
-    from data import run
-    run(main)
+    main()
