@@ -18,6 +18,7 @@ The class and training_loop need only torch. The lab uses the files beside this 
 import argparse
 import json
 import math
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -351,12 +352,14 @@ def main():
     if min(args.seeds, args.epochs, args.batch_size) < 1:
         parser.error("--seeds, --epochs and --batch-size must be at least 1")
     if args.exercise:
-        from data import run
-        run(partial(lab, args))
+        lab(args)
     else:
         model = DenoisingAutoencoder()
         print(model, f"{sum(p.numel() for p in model.parameters()):,} parameters", sep="\n")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as problem:
+        sys.exit(f"error: {problem}")
