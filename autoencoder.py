@@ -18,7 +18,6 @@ The class and training_loop need only torch. The lab uses the files beside this 
 import argparse
 import json
 import math
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -352,14 +351,12 @@ def main():
     if min(args.seeds, args.epochs, args.batch_size) < 1:
         parser.error("--seeds, --epochs and --batch-size must be at least 1")
     if args.exercise:
-        lab(args)
+        from data import run
+        run(partial(lab, args))
     else:
         model = DenoisingAutoencoder()
         print(model, f"{sum(p.numel() for p in model.parameters()):,} parameters", sep="\n")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as problem:
-        sys.exit(f"error: {problem}")
+    main()

@@ -234,7 +234,7 @@ def load_dataset(name, root, train, real="cifar10"):
 
 
 def fixed_order(seed, indices, num_pixels):
-    """Uniform random float32 (B, num_pixels), fixed by seed and image index; indices: (B,)."""
+    """Uniform float32 (B, num_pixels), fixed by seed and image index; indices: int64 (B,)."""
     rows = [np.random.default_rng((seed, index)).random(num_pixels) for index in indices.tolist()]
     return torch.from_numpy(np.stack(rows)).to(indices.device, torch.float32)
 

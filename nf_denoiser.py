@@ -7,14 +7,14 @@ the clean output values directly:
     x_0_hat = f(x_t_out, coords_out, t, coords_in, x_in),      loss = mean (x_0_hat - x_0)^2
 
 It is a sum of three parts, and each can be left out (train.py --parts). The field does most of the
-work (21.57 dB without training, with the U-Net 22.10). Attention, the Perceiver IO, is the natural
-network for a set of pixels, but on these small images it adds nothing (22.08): it is here to be
-read.
+work (21.57 dB without a gradient step, with the U-Net 22.10). Attention, the Perceiver IO, is the
+natural network for a set of pixels, but on these small images it adds nothing (22.08): it is here
+to be read.
 
     x_0_hat = mean + std * (unet + perceiver)
 
-    input pixels  (B, N_in, 3)  --+--> field      posterior mean (B, 3, 32, 32) and std (B, 1, 3)
-    noisy outputs (B, N_out, 3) --+      |        of a Gaussian random field: linear algebra
+    input pixels  (B, N_in, 3)  --+--> field      posterior mean (B, 3, 32, 32) of a Gaussian
+    noisy outputs (B, N_out, 3) --+      |        random field: linear algebra; std: (B, 1, 3)
                                   |      v
                                   +--> unet       features of that mean image (B, widths[0], 32, 32)
                                   |      |        read at the output coordinates
@@ -316,7 +316,7 @@ class NFDenoiser(nn.Module):
 
         noisy_output_values: x_t (B, N_out, C); or None for pure noise (t = T - 1), so that nothing
         is computed from it. output_coords (B, N_out, 2), input_coords (B, N_in, 2): clamped to
-        [0, 1]; for the field and the U-Net, given pixels are moved to the nearest grid point.
+        [0, 1]; the field and the U-Net see the pixels at the nearest grid point.
         t: int64 (B,) in 0..T-1. input_values: (B, N_in, C) in [-1, 1], clean.
         Returns x_0_hat (B, N_out, C). Raises ValueError for other shapes or N_in = 0.
         """
@@ -390,7 +390,10 @@ class NFDenoiser(nn.Module):
 
 
 def scatter(indices, values, pixels):
-    """Values (B, N, C) at indices (B, N) of an image, 0 elsewhere: (B, C, pixels)."""
+    """Values (B, N, C) at indices (B, N) of an image, 0 elsewhere: (B, C, pixels).
+
+    Of values with the same index, any one is kept.
+    """
     image = values.new_zeros(len(values), values.shape[2], pixels)
     return image.scatter(2, indices[:, None].expand(-1, values.shape[2], -1), values.mT)
 

@@ -480,9 +480,9 @@ def parse_arguments():
     add("--full", action="store_true", help="sample all missing pixels jointly")
     add("--scale", type=between(1, 16), default=1, help="draw on a grid this many times as fine")
     add("--gif", action="store_true", help="animate the denoising")
-    add("--image", type=Path, help="restore this picture; missing: --mask, transparent or random")
+    add("--image", type=Path, help="restore this picture; missing: --mask, transparent, or random")
     add("--mask", type=Path,
-        help="of --image, a picture of its size; white: missing (a little more than the damage)")
+        help="of --image, as large; white: missing (cover a little more than the damage)")
     add("--upscale", type=between(1, 8), default=1, metavar="N", help="enlarge --image N times")
     add("--size", type=between(1, 64), help="reduce --image to the size of the training images, 32")
     add("--evaluate", type=between(1, 10**6), nargs="?", const=1000, default=6, metavar="N",
@@ -510,8 +510,9 @@ def main():
     args = parse_arguments()
     start = time.time()
     device = pick_device(args.device)
-    newest = max(args.out.rglob("checkpoint.pt"), key=os.path.getmtime, default=SHIPPED)
-    path = args.checkpoint or (SHIPPED if args.image else newest)
+    path = args.checkpoint or SHIPPED
+    if not args.checkpoint and not args.image:
+        path = max(args.out.rglob("checkpoint.pt"), key=os.path.getmtime, default=SHIPPED)
     if path == SHIPPED and not path.exists():
         raise ValueError(f"no checkpoint below {args.out}: train one with python train.py")
     model, checkpoint = load_checkpoint(path, device)
@@ -544,14 +545,14 @@ def main():
         if images.shape[1:] != (channels, side, side):
             raise ValueError(f"{path} takes images of {channels} x {side} x {side}, and those of "
                              f"{name} are {tuple(images.shape[1:])}")
-        images = images.to(device)
         if kind == "nf":
-            images = images[:args.evaluate]
+            images = images[:args.evaluate].to(device)
             results = report_field(model, schedule, images, folder, name, sampler, args.seed,
                                    args.samples, args.scale, args.gif,
                                    input_ratio=args.input_ratio, full=args.full)
         else:
-            results = report_autoencoder(model, images, folder, checkpoint["settings"]["noise"])
+            results = report_autoencoder(model, images.to(device), folder,
+                                         checkpoint["settings"]["noise"])
     if args.json:
         figures = dict(checkpoint=str(path), data=str(name), images=len(images), seed=args.seed,
                        methods=results)

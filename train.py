@@ -236,8 +236,8 @@ def bench(loop, loss, model, optimizers, args):
     next(loop)
     seconds = {name: [] for name in work}
     start = time.time()
+    # interleaved, so that slow spells affect all of them equally
     while len(seconds["matmul"]) < 8 and time.time() - start < 60:
-        # interleaved, so that slow spells affect all of them equally
         for name, function in work.items():
             timer = Timer("f()", globals=dict(f=function), num_threads=torch.get_num_threads())
             with mixed_precision(args.device) if name == "matmul" else contextlib.nullcontext():
