@@ -175,7 +175,8 @@ def open_picture(path):
             image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype("u1"))
         return image
     except Exception as problem:  # Pillow's readers of damaged files raise all kinds of things
-        raise ValueError(f"cannot use {path} as a picture: {problem!r}") from None
+        reason = str(problem) or type(problem).__name__
+        raise ValueError(f"cannot use {path} as a picture: {reason}") from None
 
 
 def square_picture(image, channels, side):
@@ -272,11 +273,10 @@ def sparse_split(images, input_ratio=0.2, output_ratio=0.2, generator=None, orde
     return split
 
 
-def scatter_pixels(indices, values, shape, background=0.0):
-    """Images of `shape` (B, C, H, W): values (B, N, C) at indices (B, N), elsewhere background."""
-    image = torch.as_tensor(background, dtype=values.dtype, device=values.device)
-    image = image.expand(shape).flatten(2)
-    return image.scatter(2, indices[:, None].expand(-1, shape[1], -1), values.mT).view(shape)
+def scatter_pixels(indices, values, images):
+    """A copy of images (B, C, H, W) with values (B, N, C) at the pixels indices (B, N)."""
+    index = indices[:, None].expand(-1, images.shape[1], -1)  # (B, C, N)
+    return images.flatten(2).scatter(2, index, values.mT).view_as(images)
 
 
 def heat(error, limit=0.5):
@@ -336,9 +336,10 @@ def main():
     name, images, _ = load_dataset(args.data, args.data_dir, train=False)
     torch.manual_seed(args.seed % 2**32)
     split = sparse_split(images[:8])
-    parts = [scatter_pixels(split[f"{part}_indices"], split[f"{part}_values"],
-                            split["full_image"].shape) for part in ("input", "output")]
-    rows = [list(x / 2 + 0.5) for x in (split["full_image"], *parts)]
+    rows, grey = [split["full_image"]], torch.zeros_like(split["full_image"])
+    for part in ("input", "output"):
+        rows.append(scatter_pixels(split[f"{part}_indices"], split[f"{part}_values"], grey))
+    rows = [list(x / 2 + 0.5) for x in rows]
     args.out.mkdir(parents=True, exist_ok=True)
     image_grid(rows, row_labels=["image", "input", "output"]).save(args.out / "data.png")
     print(f"{name}: {len(images):,} test images {tuple(images.shape[1:])}; see {args.out}/data.png")

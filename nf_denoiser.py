@@ -220,7 +220,8 @@ class GaussianField(nn.Module):
         y = input_values - mean                                              # (B, N, C)
         noise = torch.full_like(y[..., :1], self.jitter)
         weights = self.solve(indices, y, noise)                              # (B, N, C)
-        # maximum likelihood, y^T K^-1 y / N; two pixels of variance 0.05 are added as a prior
+        # maximum likelihood, y^T K^-1 y / N, as if two more pixels of variance 0.05 had been seen:
+        # otherwise an image of one colour would have none
         variance = ((y * weights).sum(dim=1, keepdim=True) + 2 * 0.05) / (y.shape[1] + 2)
         if x_t is not None:  # the same with all N = N_in + N_out pixels
             noise_t = (1 - alpha_bar) / (alpha_bar * variance)               # in units of K
@@ -306,7 +307,8 @@ class NFDenoiser(nn.Module):
             query_dim = input_dim + (widths[0] if self.unet else 0)
             self.perceiver = PerceiverIO(input_dim, query_dim, channels, **perceiver)
             nn.init.normal_(self.perceiver.to_values.weight, std=0.01)
-        # columns: brightness, red against blue, green against both; orthonormal
+        # brightness, red against blue, green against both (columns, orthonormal): these are hardly
+        # correlated, so each gets a variance of its own, small for the last two
         colours = torch.tensor([[1.0, 1, 1], [1, 0, -2], [1, -1, 1]])
         colours = colours / colours.norm(dim=0) if channels == 3 else torch.eye(channels)
         self.register_buffer("colours", colours, persistent=False)
@@ -367,7 +369,7 @@ class NFDenoiser(nn.Module):
             mean_image, variance = self.field(inputs, x_in, outputs, x_t, alpha_bar)
             residual = 0.07 * variance  # about what is left once 20% of the pixels are known
             seen = mean_image - x_in.mean(1)[..., None]
-        else:
+        else:  # the mean colour; the U-Net sees the pixels themselves
             mean_image = x_in.mean(1)[..., None].expand(-1, -1, self.side**2)
             variance = residual = torch.full_like(x_in[:, :1], 0.25)
             seen = scatter(inputs, x_in, self.side**2)

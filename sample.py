@@ -24,7 +24,7 @@ import json
 import math
 import time
 import zipfile
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -72,14 +72,10 @@ def inverse_distance(split, power=4):
 
 def kriging(split):
     """Mean of a Gaussian field with exponential covariance, given the inputs: (B, N, C)."""
-    field = exponential_field(split["full_image"].shape[-1], split["input_values"].device)
+    covariance = exponential_covariance(split["full_image"].shape[-1])
+    field = GaussianField(covariance.to(split["full_image"].device))
     image, _ = field(split["input_indices"], split["input_values"])
     return image.mT.take_along_dim(split["output_indices"][..., None], dim=1)
-
-
-@cache
-def exponential_field(side, device):
-    return GaussianField(exponential_covariance(side)).to(device)
 
 
 # ------------------------------------------------------------------------------------ evaluation
@@ -104,12 +100,11 @@ def where(split):
 def assemble(split, values=None):
     """Images (B, C, H, W) in [-1, 1]: the input pixels of a split, and values (B, N, C) at its
     first N outputs; grey elsewhere."""
-    shape = split["full_image"].shape
-    image = 0.0
+    images = torch.zeros_like(split["full_image"])
     if values is not None:
         indices = split["output_indices"][:, :values.shape[1]]
-        image = scatter_pixels(indices, values.clamp(-1, 1), shape)
-    return scatter_pixels(split["input_indices"], split["input_values"], shape, image)
+        images = scatter_pixels(indices, values.clamp(-1, 1), images)
+    return scatter_pixels(split["input_indices"], split["input_values"], images)
 
 
 @torch.no_grad()
@@ -220,12 +215,10 @@ def animate(split, frames, path):
 
 
 def save_pictures(folder, pictures):
-    """Save {file name: Pillow image} below a folder, all or none, and say where."""
+    """Save {file name: Pillow image} below a folder, and say where."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():
-        picture.save(folder / f".{name}")
-    for name in pictures:
-        (folder / f".{name}").replace(folder / name)
+        picture.save(folder / name)
         print(f"picture: {folder / name}")
 
 
@@ -286,7 +279,6 @@ def restore(image, known, answer, side=32):
     ramp = torch.sin(math.pi * (torch.arange(side, device=image.device) + 0.5) / side) ** 2
     weight = (ramp[:, None] * ramp).flatten()
     image, known = image.flatten(1), known.flatten()
-    shown = time.time()
     while not known.all():
         counts = known[windows].sum(1)
         counts[counts == pixels] = 0  # complete: nothing to do
@@ -303,9 +295,7 @@ def restore(image, known, answer, side=32):
                 values = F.pad(assemble(split, answer(split)).flatten(2), (0, 0, 0, 1), value=1)
                 total.index_add_(1, some.flatten(), (values * weight).transpose(0, 1).flatten(1))
                 done += len(some)
-                if time.time() - shown > 5:
-                    shown = time.time()
-                    print(f"{done:,} of {ready.sum():,} windows", flush=True)
+                print(f"{done:,} of {ready.sum():,} windows", end="\r", flush=True)
         filled = ~known & (total[-1] > 0)
         image = torch.where(filled, total[:-1] / total[-1].clamp(min=1e-12), image)
         known = known | filled
@@ -500,8 +490,9 @@ def parse_arguments():
         parser.error("--mask, --upscale and --size are for --image")
     if args.size and (args.mask or args.upscale > 1):
         parser.error("--size takes a complete picture: no --mask or --upscale")
-    if args.image and not args.size and (args.sampler or args.steps or args.eta or args.samples
-                                         or args.full or args.gif or args.scale > 1):
+    args.sampling = any([args.sampler, args.steps, args.eta, args.samples, args.full, args.gif,
+                         args.scale > 1])
+    if args.image and not args.size and args.sampling:
         parser.error("--image draws no samples: add --size 32 to see its middle as they do")
     return args
 
@@ -520,8 +511,8 @@ def main():
     print(f"{path}: {kind}, {checkpoint['step']:,} steps on {checkpoint['data']}")
     if args.export:
         return export(model, checkpoint, args.export)
-    if args.image and kind != "nf":
-        raise ValueError(f"--image needs a neural field, and {path} is an autoencoder")
+    if kind != "nf" and (args.image or args.sampling):
+        raise ValueError(f"{path} is an autoencoder: it takes no --image and draws no samples")
     schedule = DiffusionSchedule(**checkpoint["schedule"]).to(device)
     sampler = partial(ddim_sample, num_steps=args.steps or 50, eta=args.eta)
     if args.sampler == "ddpm":

@@ -584,9 +584,11 @@ def test_a_red_pixel_stays_in_its_row_and_column():
     image = torch.zeros(1, 3, 5, 7)
     image[0, 2], image[0, :, 1, 4] = 1, torch.tensor([1.0, 0, 0])  # red in row 1, column 4
     s = data.sparse_split(image, 0.5, None, generator=seeded())
-    part = data.scatter_pixels(s["input_indices"], s["input_values"], image.shape, -1.0)
-    both = data.scatter_pixels(s["output_indices"], s["output_values"], image.shape, part)
+    blank = torch.full_like(image, -1)
+    part = data.scatter_pixels(s["input_indices"], s["input_values"], blank)
+    both = data.scatter_pixels(s["output_indices"], s["output_values"], part)
     assert torch.equal(both, image) and (part == -1).double().mean() == 18 / 35
+    assert (blank == -1).all()  # not modified
     green, grey = torch.tensor([0.0, 9, 0])[:, None, None].repeat(1, 5, 7), image[0, :1] * 0 + 0.5
     labels = dict(column_labels="ab", row_labels=["one", "two"], captions=[["x", "y"]] * 2)
     for more in ({}, labels):
@@ -937,7 +939,6 @@ def test_samplers_written_out():
             x_t = (sched.ddpm_step(x_t, 0.9 * x_t, t, eps) if eta == "ddpm" else
                    sched.ddim_step(x_t, 0.9 * x_t, t, t_next, eta, eps))
         assert torch.equal(got, x_t)
-    raises(ValueError, lambda: schedule.ddim_sample(model, sched, *where, eta=1.5), 1.5)
 
 
 def test_psnr_and_ssim():
@@ -1001,7 +1002,7 @@ def test_every_column_of_the_table_worked_out_again():
                "kriging": sample.kriging(split), "nearest": sample.nearest(split),
                "inverse distance": sample.inverse_distance(split)}
     for name, values in answers.items():
-        image = data.scatter_pixels(places, values.clamp(-1, 1), truth.shape, truth)
+        image = data.scatter_pixels(places, values.clamp(-1, 1), truth)
         measured = places[:, None, :204].expand(-1, 3, -1)
         error = (image - truth).flatten(2).gather(2, measured).double() / 2
         row = table[name]
@@ -1237,9 +1238,6 @@ def test_the_lab_runs_and_writes_what_it_prints():
         models, _ = quiet(autoencoder.train_models, ["gaussian 0.3"], images, 2, 2, 128)
         model = models["gaussian 0.3"][1]
         equal(got["model"], model.state_dict())
-        assert not model.training and not any(p.requires_grad for p in model.parameters())
-        raises(ValueError, lambda: quiet(autoencoder.train_models, ["clean"], images / 0, 1, 1),
-               "rate")
 
 
 def test_the_pictures_show_what_their_labels_say():
@@ -1753,11 +1751,6 @@ def test_a_photograph_of_your_own():
             code, out, err = run(sample, f"{command} {flags}")
             assert code and word in err and "Trace" not in err, (flags, err)
         assert Path("out/nf/restored.png").read_bytes() == before
-        Path("out/nf/comparison.png").unlink()
-        Path("out/nf/comparison.png").mkdir()  # cannot be replaced
-        os.mkdir("out/nf/.comparison.png")
-        refused(sample, f"{command} grey.png")
-        assert Path("out/nf/restored.png").read_bytes() == before
 
 
 def test_the_shipped_model_is_better_than_kriging():
@@ -1778,7 +1771,10 @@ def test_a_folder_of_pictures_trains_both_models_on_every_device():
             out = works(train, f"--model {model} --data photos --steps 1 --batch-size {size} "
                                f"--evaluate 2 --device {device}")
             assert "photos" in out and f"| {device}" in out
-            works(sample, f"out/{model}/checkpoint.pt --steps 2 --evaluate 1 --device {device}")
+            line = f"out/{model}/checkpoint.pt --evaluate 1 --device {device}"
+            works(sample, line)
+            if model == "dae":
+                refused(sample, f"{line} --steps 2", "autoencoder")
 
 
 def test_bad_input_gets_one_line_and_an_exit_code():
@@ -1835,6 +1831,8 @@ def test_bad_input_gets_one_line_and_an_exit_code():
                                  capture_output=True, text=True)
         assert process.returncode == 1 and process.stderr.count("\n") == 1, process.stderr
         assert process.stderr.startswith("error: ")
+
+
 def test_the_readmes_commands_parse():
     text, parse = (HERE / "README.md").read_text(), argparse.ArgumentParser.parse_args
     commands = re.findall(r"(?:python|torchrun[^\n`#|]*?) (\w+)\.py([^\n`#|&)]*)", text)
