@@ -37,15 +37,11 @@ MNIST_MD5 = {"train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
 FETCH_AGAIN = "delete the file to fetch it again"
 
 
-class Unavailable(OSError):
-    """A data set is not on disk and could not be fetched."""
-
-
 def load_cifar10(root, train):
     """CIFAR-10, binary version, from root/cifar-10-batches-bin; fetched if it is not there.
 
     Returns (images uint8 (N, 3, 32, 32), labels uint8 (N,)); N is 50,000 or 10,000, or fewer,
-    with a notice. Raises Unavailable if it cannot be fetched, ValueError for a damaged file.
+    with a notice. Raises ConnectionError if it cannot be fetched, ValueError for a damaged file.
     """
     folder = Path(root) / "cifar-10-batches-bin"
     names = [f"data_batch_{i}.bin" for i in range(1, 6)] if train else ["test_batch.bin"]
@@ -101,7 +97,7 @@ def read_idx(path, shape):
 
 
 def download(urls, path, md5):
-    """Download from the first URL whose content has this MD5 checksum. Raises Unavailable."""
+    """Download from the first URL whose content has this MD5 checksum. Raises ConnectionError."""
     temporary = path.with_name(path.name + ".part")
     reasons = []
     for url in urls:
@@ -119,7 +115,7 @@ def download(urls, path, md5):
             reasons.append(f"{url}: {problem}")
         finally:
             temporary.unlink(missing_ok=True)
-    raise Unavailable(f"cannot fetch {path.name} ({'; '.join(reasons)}); put the files into "
+    raise ConnectionError(f"cannot fetch {path.name} ({'; '.join(reasons)}); put the files into "
                       f"{path.parent}/ yourself, or use --data leaves or --data glyphs")
 
 
@@ -220,7 +216,7 @@ def load_dataset(name, root, train, real="cifar10"):
     if name == "auto":
         try:
             return load_dataset(real, root, train)
-        except Unavailable as problem:
+        except ConnectionError as problem:
             name = "leaves" if real == "cifar10" else "glyphs"
             print(f"*** NO {real.upper()}: {problem}\n*** USING THE BUILT-IN SET '{name}' INSTEAD: "
                   f"figures are not {real} figures (--data {real} makes this an error)")

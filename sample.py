@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageChops, ImageOps
+from PIL import Image
 
 from autoencoder import DenoisingAutoencoder, report_autoencoder
 from data import (fixed_order, heat, image_grid, load_dataset, open_picture, run, scatter_pixels,
@@ -222,36 +222,34 @@ def save_pictures(folder, pictures):
         print(f"picture: {folder / name}")
 
 
-def report_field(model, schedule, images, folder, name, sampler, seed=0, samples=None, scale=1,
-                 gif=False, **options):
+def report_field(model, schedule, images, folder, name, sampler, args):
     """Print the table of evaluate_field, draw the pictures, return {method: figures}.
 
-    images: uint8 (N, C, H, W). sampler: see reconstruct. samples, scale, gif: as the flags.
-    options: those of split_images.
+    images: uint8 (N, C, H, W). sampler: see reconstruct. args: the flags of this script.
     """
-    results = evaluate_field(model, schedule, images, sampler, seed, **options)
-    frames = []
-    split = split_images(images[:6], torch.arange(len(images[:6])), seed, **options)
+    options = dict(seed=args.seed, input_ratio=args.input_ratio, full=args.full)
+    results, frames = evaluate_field(model, schedule, images, sampler, **options), []
+    split = split_images(images[:6], torch.arange(len(images[:6])), **options)
     record = partial(sampler, on_step=lambda *step: frames.append(step))
     pictures = {"samples.png": draw_field(split, reconstruct(model, schedule, split, record))}
     print(f"{name}: {len(images):,} images, {split['input_indices'].shape[1]} pixels given, "
-          f"{split['n_out']} measured, sample in {len(frames)} steps, mask seed {seed}\n"
+          f"{split['n_out']} measured, sample in {len(frames)} steps, mask seed {args.seed}\n"
           f"{'':18}{'MSE':>10}{'MAE':>10}{'PSNR dB':>10}{'SSIM':>10}")
     for method, row in results.items():
         print(f"{method:18}{row['mse']:10.5f}{row['mae']:10.5f}{row['psnr']:10.2f}"
               f"{row['ssim']:10.4f}")
-    if samples:
-        row, rows = evaluate_samples(model, schedule, images, sampler, samples, seed, **options)
+    if args.samples:
+        row, rows = evaluate_samples(model, schedule, images, sampler, args.samples, **options)
         results["samples"] = row
-        print(f"{samples} samples per image: {row['coverage']:.1%} of the true values in the "
+        print(f"{args.samples} samples per image: {row['coverage']:.1%} of the true values in the "
               f"central 90%, standard deviation {row['spread']:.4f}, PSNR of their mean "
               f"{row['psnr_mean']:.2f} dB")
         labels = ["sample 1", "sample 2", "mean", "truth", "std. deviation", "error of mean"]
         pictures["spread.png"] = image_grid(rows, labels, zoom=3)
-    if scale > 1:
-        pictures["scale.png"] = draw_fine(model, schedule, split, scale)
+    if args.scale > 1:
+        pictures["scale.png"] = draw_fine(model, schedule, split, args.scale)
     save_pictures(folder, pictures)
-    if gif:
+    if args.gif:
         animate(split, frames, folder / "denoising.gif")
     return results
 
@@ -313,17 +311,17 @@ def load_picture(path, channels, mask=None, input_ratio=0.2, upscale=1, seed=0):
     """
     picture = open_picture(path).convert("RGBA")
     if mask:
-        white = open_picture(mask).convert("L")
+        white = open_picture(mask).convert("L").point(lambda value: 255 * (value >= 128))
         if white.size != picture.size:
-            raise ValueError(f"{mask} has {white.width} x {white.height} pixels and {path} "
-                             f"{picture.width} x {picture.height}: they must have the same size")
-        picture.putalpha(ImageChops.darker(picture.getchannel("A"), ImageOps.invert(white)))
-    has_truth = picture.getextrema()[3][0] >= 128 and not mask and upscale == 1
+            raise ValueError(f"{mask} has the size {white.size} and {path} {picture.size}: they "
+                             f"must have the same size")
+        picture.paste((0, 0, 0, 0), mask=white)
+    complete = picture.getextrema()[3][0] >= 128 and not mask
     limit = 1024 // upscale
     if max(picture.size) > limit:
         print(f"notice: {path} is reduced to {limit} pixels on its longest side")
         # next to missing pixels an average would be wrong: take the nearest pixel
-        how = Image.Resampling.LANCZOS if has_truth else Image.Resampling.NEAREST
+        how = Image.Resampling.LANCZOS if complete else Image.Resampling.NEAREST
         picture.thumbnail((limit, limit), how)
     height, width = (upscale * n for n in reversed(picture.size))
     image = torch.zeros(channels, height, width, dtype=torch.uint8)
@@ -331,6 +329,7 @@ def load_picture(path, channels, mask=None, input_ratio=0.2, upscale=1, seed=0):
     colours = np.array(picture.convert("L" if channels == 1 else "RGB"))
     image[:, ::upscale, ::upscale] = torch.from_numpy(np.atleast_3d(colours)).permute(2, 0, 1)
     known[::upscale, ::upscale] = torch.from_numpy(np.array(picture)[..., 3] >= 128)
+    has_truth = complete and upscale == 1
     if has_truth:
         order = torch.randperm(known.numel(), generator=torch.Generator().manual_seed(seed))
         known = (order < int(input_ratio * known.numel())).view(height, width)
@@ -343,32 +342,29 @@ def report_picture(model, schedule, image, known, has_truth, folder):
     """Restore a picture, print a table, write restored.png and comparison.png to the folder.
 
     image, known, has_truth: of load_picture. restored.png is the one-step mean. Returns
-    {method: {"psnr"}}, in dB over the missing pixels; None without has_truth.
+    {method: {"psnr"}}, in dB over the missing pixels; {} without has_truth.
     """
     device = schedule.betas.device
     truth, known = image.to(device).float() / 127.5 - 1, known.to(device)
-    given = truth * known
+    given, results = truth * known, {}
     print(f"{known.sum():,} of {known.numel():,} pixels given")
-    results, answers = {}, {}
-    captions = [f"{known.float().mean():.0%} of the pixels"]
+    columns, captions = {"given": given}, [f"{known.float().mean():.0%} of the pixels"]
     methods = {"nearest": nearest, "kriging": kriging, "one-step mean": lambda split:
                one_step_mean(model, schedule, **where(split))}
     for name, method in methods.items():
-        answers[name] = restore(given, known, method, model.side)
-        error = (answers[name] - truth)[:, ~known] / 2
-        decibels = psnr(error.square().mean().item())
-        results[name] = dict(psnr=decibels if has_truth else None)
-        captions.append(f"{decibels:.2f} dB" if has_truth else "")
+        columns[name] = restore(given, known, method, model.side)
         if has_truth:
+            mse = ((columns[name] - truth)[:, ~known] / 2).square().mean().item()
+            results[name] = dict(psnr=psnr(mse))
+            captions.append(f"{psnr(mse):.2f} dB")
             print(f"{name:18}{captions[-1]:>10}", flush=True)
-    columns = {"given": given} | answers | ({"truth": truth} if has_truth else {})
+    columns |= {"truth": truth} if has_truth else {}
+    captions += [""] * (len(columns) - len(captions))
     comparison = image_grid([[x / 2 + 0.5 for x in columns.values()]], list(columns),
-                            captions=[[*captions, ""]], zoom=max(1, 256 // max(known.shape)))
-    known = known.cpu()
-    mean = ((answers["one-step mean"] + 1) * 127.5).round().byte().cpu()
-    restored = torch.where(known, image, mean)
+                            captions=[captions], zoom=max(1, 256 // max(known.shape)))
+    restored = ((columns["one-step mean"] + 1) * 127.5).round().byte().cpu()
     restored = Image.fromarray(restored.permute(1, 2, 0).expand(-1, -1, 3).numpy())
-    if (image == image[:1])[:, known].all():
+    if (given == given[:1]).all():
         restored = restored.convert("L")  # grey stays grey
     save_pictures(folder, {"restored.png": restored, "comparison.png": comparison})
     return results
@@ -407,17 +403,14 @@ def load_checkpoint(path, device="cpu"):
 
 
 def save_checkpoint(path, checkpoint):
-    """Write a temporary file, flush it to the disk, rename it: a crash leaves the old file intact.
+    """Write a temporary file, then rename it: a kill in between leaves the old file intact.
 
     Raises OSError if the disk is full; torch.save alone would raise a RuntimeError.
     """
     buffer, temporary = io.BytesIO(), path.with_name(path.name + ".part")
     torch.save(checkpoint, buffer)
     try:
-        with open(temporary, "wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
+        temporary.write_bytes(buffer.getbuffer())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -455,7 +448,7 @@ def between(low, high, kind=int):
     return parse
 
 
-def parse_arguments():
+def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -483,7 +476,7 @@ def parse_arguments():
     add("--data-dir", type=Path, default=Path("data"), help="folder of the data sets")
     add("--out", type=Path, default=Path("out"), help="folder for everything that is written")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.sampler == "ddpm" and (args.steps or args.eta):
         parser.error("--steps and --eta are for DDIM; DDPM takes all timesteps")
     if (args.mask or args.upscale > 1 or args.size) and not args.image:
@@ -497,8 +490,8 @@ def parse_arguments():
     return args
 
 
-def main():
-    args = parse_arguments()
+def main(argv=None):
+    args = parse_arguments(argv)
     start = time.time()
     device = pick_device(args.device)
     path = args.checkpoint or SHIPPED
@@ -538,9 +531,7 @@ def main():
                              f"{name} are {tuple(images.shape[1:])}")
         if kind == "nf":
             images = images[:args.evaluate].to(device)
-            results = report_field(model, schedule, images, folder, name, sampler, args.seed,
-                                   args.samples, args.scale, args.gif,
-                                   input_ratio=args.input_ratio, full=args.full)
+            results = report_field(model, schedule, images, folder, name, sampler, args)
         else:
             results = report_autoencoder(model, images.to(device), folder,
                                          checkpoint["settings"]["noise"])

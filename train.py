@@ -24,13 +24,9 @@ import os
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # before torch is imported
 import argparse
-import contextlib
-import json
 import signal
-import statistics
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,14 +36,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from autoencoder import (DenoisingAutoencoder, autoencoder_loss, corrupted, report_autoencoder,
-                         training_loop)
+import sample
+from autoencoder import DenoisingAutoencoder, autoencoder_loss, corrupted, training_loop
 from data import fixed_order, load_dataset, run, sparse_split
 from nf_denoiser import PARTS, SIZES, NFDenoiser, pixel_covariance
 from noise import NOISES
-from sample import (between, evaluate_field, load_checkpoint, pick_device, report_field,
-                    save_checkpoint)
-from schedule import DiffusionSchedule, ddim_sample, line_chart
+from sample import between, evaluate_field, load_checkpoint, pick_device, save_checkpoint
+from schedule import DiffusionSchedule, line_chart
 
 # ------------------------------------------------------------------------------- the neural field
 def field_loss(model, images, schedule, pure_noise, order=None, shard=slice(None)):
@@ -91,7 +86,7 @@ class Muon(torch.optim.Optimizer):
                 momentum.mul_(group["momentum"]).add_(p.grad)
                 update = (p.grad + group["momentum"] * momentum).flatten(1)  # Nesterov
                 x = update / (update.norm() + 1e-7)
-                for _ in range(5):
+                for _ in range(5):  # singular values s -> 3.4445 s - 4.7750 s^3 + 2.0315 s^5
                     square = x @ x.T
                     x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
                 scale = max(1, update.shape[0] / update.shape[1]) ** 0.5
@@ -132,15 +127,16 @@ def parse_arguments():
     add("--model", choices=["nf", "dae", "ae"], default="nf")
     add("--size", choices=list(SIZES), default="small", help="nf only")
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="nf only")
-    add("--masks", choices=["fresh", "fixed"], default="fresh", help="nf only; fixed: one for each image")
+    add("--masks", choices=["fresh", "fixed"], default="fresh", help="nf only; fixed: one an image")
     add("--beta-schedule", choices=["cosine", "linear"], default="cosine", help="nf only")
     add("--noise", choices=[*NOISES, "mixed"], default="gaussian", help="dae only")
     add("--noise-param", type=float, help="dae only (default 0.3, salt_pepper 0.2)")
     add("--data", default="auto", help="auto, cifar10, mnist, leaves, glyphs or your own folder")
     add("--data-dir", type=Path, default=Path("data"), help="folder of the data sets")
     add("--out", type=Path, default=Path("out"), help="folder for everything that is written")
-    add("--steps", type=count, help="how many batches to train on")
-    add("--epochs", type=count, help="or how many times through the data")
+    length = parser.add_mutually_exclusive_group().add_argument
+    length("--steps", type=count, help="how many batches to train on")
+    length("--epochs", type=count, help="or how many times through the data")
     add("--batch-size", type=count)
     add("--lr", type=between(1e-12, 1e99, float), help="peak learning rate")
     add("--seed", type=between(0, 2**31 - 1), default=42)
@@ -149,8 +145,6 @@ def parse_arguments():
     add("--evaluate", type=count, default=200, help="nf only: images in the closing table")
     add("--bench", action="store_true", help="measure the speed of training instead")
     args = parser.parse_args()
-    if args.steps and args.epochs:
-        parser.error("give --steps or --epochs, not both")
     args.parts = [part for part in PARTS if part in args.parts]
     only = dict(size="nf", parts="nf", masks="nf", beta_schedule="nf", noise="dae")
     for flag, model in only.items():
@@ -218,31 +212,23 @@ def resume(path, settings, model, optimizers, losses):
     return step, checkpoint["tests"]
 
 
-def bench(loop, loss, model, optimizers, args):
+def bench(loop, loss, optimizers, args):
     """Print the speed of a training step, its parts, and its share of the matmul rate.
 
     loss: a function without arguments, the loss of one batch as the loop computes it.
     """
-    def forward_backward():
-        model.zero_grad()
-        loss().backward()
+    def seconds(function):  # a median; Timer warms up, and waits for a GPU
+        timer = Timer("f()", globals=dict(f=function), num_threads=torch.get_num_threads())
+        return timer.blocked_autorange(min_run_time=2).median
 
     matrix = torch.rand(2048, 2048, device=args.device)
-    work = dict(step=lambda: next(loop), forward=loss, both=forward_backward,
-                optimizers=lambda: [optimizer.step() for optimizer in optimizers],
-                matmul=lambda: matrix @ matrix)
+    step, forward = seconds(lambda: next(loop)), seconds(loss)
+    both = seconds(lambda: loss().backward())
+    update = seconds(lambda: [optimizer.step() for optimizer in optimizers])
+    with mixed_precision(args.device):
+        matmul = seconds(lambda: matrix @ matrix)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        forward_backward()
-    next(loop)
-    seconds = {name: [] for name in work}
-    start = time.time()
-    # interleaved, so that slow spells affect all of them equally
-    while len(seconds["matmul"]) < 8 and time.time() - start < 60:
-        for name, function in work.items():
-            timer = Timer("f()", globals=dict(f=function), num_threads=torch.get_num_threads())
-            with mixed_precision(args.device) if name == "matmul" else contextlib.nullcontext():
-                seconds[name].append(timer.timeit(1).mean)
-    step, forward, both, update, matmul = (statistics.median(s) for s in seconds.values())
+        loss().backward()
     parts = {"drawing and forward": forward, "backward": both - forward, "optimizers": update,
              "rest": step - both - update}
     print(f"whole step {1e3 * step:.1f} ms, {args.batch_size / step:.1f} images/s: "
@@ -274,6 +260,8 @@ def main():
     divisor = world * (2 if args.model == "nf" else 1)
     if args.batch_size % divisor:
         raise ValueError(f"--batch-size must be a multiple of {divisor}, got {args.batch_size}")
+    if args.bench and world > 1:
+        raise ValueError("--bench measures one process: leave torchrun out")
     if world > 1:
         torch.distributed.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
     if rank:
@@ -292,21 +280,16 @@ def main():
     if args.steps is None:
         args.steps = args.epochs * per_epoch
     if args.bench:
-        args.steps = 1000  # more than it takes
+        args.steps = 10**6  # more than it takes
     model, config = build(args, images)
     optimizers = make_optimizers(model, args)
     if not optimizers:  # --parts field is linear algebra: it has no weights
         if args.bench or args.resume:
             raise ValueError("--parts field has no weights: there is nothing to time or resume")
         args.steps = 0
-
-    def average(p):
-        """The mean of a parameter's gradient over all processes, while backward() runs."""
-        torch.distributed.all_reduce(p.grad)
-        p.grad /= world
-
-    for p in model.parameters() if world > 1 else ():
-        p.register_post_accumulate_grad_hook(average)
+    for p in model.parameters() if world > 1 else ():  # backward() averages over the processes
+        p.register_post_accumulate_grad_hook(
+            lambda p: torch.distributed.all_reduce(p.grad.div_(world)))
     schedule = DiffusionSchedule(beta_schedule=args.beta_schedule).to(args.device)
     shard = slice(rank, None, world)
 
@@ -314,7 +297,7 @@ def main():
         """The loss of this process's share of the images `index` (batch_size,)."""
         if args.model != "nf":
             return autoencoder_loss(model, images[index].flatten(1) / 255, args.noise, shard)
-        losses = []  # one half of the batch is at the last timestep, the other at random ones
+        losses = []  # half of the batch trains the one-step mean, half the steps of a sampler
         for half, pure_noise in zip(index.chunk(2), (True, False)):
             order = None
             if args.masks == "fixed":
@@ -334,10 +317,9 @@ def main():
 
     folder = args.out / args.model
     path = folder / "checkpoint.pt"
-    first = 0
     losses = torch.zeros(args.steps, device=args.device)
-    tests = []
     settings = {key: value for key, value in vars(args).items() if key not in FREE}
+    first, tests = 0, []
     if args.resume:
         first, tests = resume(path, settings, model, optimizers, losses)
     warmup, metric, every = 0.1, "test MSE", per_epoch
@@ -350,7 +332,7 @@ def main():
           f"{torch.__version__}")
     if args.bench:
         index = torch.arange(args.batch_size, device=args.device)
-        return bench(loop, lambda: batch_loss(index), model, optimizers, args)
+        return bench(loop, lambda: batch_loss(index), optimizers, args)
     print(f"batches of {args.batch_size}, {args.steps:,} steps, learning rate {args.lr:g}")
 
     def save(step):
@@ -403,15 +385,9 @@ def main():
 
     if optimizers:
         draw_losses(folder, losses, tests, metric, f"{args.model} on {args.data}")
-    if args.model == "nf":
-        generator = torch.Generator().manual_seed(0)
-        sampler = partial(ddim_sample, schedule=schedule, generator=generator)
-        results = report_field(model.eval(), schedule, test_images[:args.evaluate], folder,
-                               args.data, sampler)
-    else:
-        results = report_autoencoder(model.eval(), test_images, folder, args.noise)
-    figures = dict(data=args.data, methods=results)
-    (folder / "results.json").write_text(json.dumps(figures, indent=1) + "\n")
+    sample.main([str(path), "--evaluate", str(args.evaluate), "--data", args.data, "--data-dir",
+                 str(args.data_dir), "--out", str(args.out), "--device", str(args.device),
+                 "--json", str(folder / "results.json")])
 
 
 if __name__ == "__main__":
