@@ -76,22 +76,14 @@ class DenoisingAutoencoder(nn.Module):
 
 
 # -------------------------------------------------------------------------------------- training
-def warmup_cosine(step, steps, warmup):
-    """Learning rate as a fraction of its peak: linear warm-up times a half-cosine decay to 0.
-
-    warmup: share of the steps, 0 to 1. Loshchilov & Hutter (2017), eq. 5.
-    """
-    rise = min(1.0, (step + 1) / max(1, warmup * steps))
-    return rise * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
 def training_loop(model, optimizers, batch_loss, images, steps, batch_size, seed, warmup, first=0):
     """The loop that trains every model: yields (steps done, loss) after each step from `first`.
 
     images: (N, ...), in a new order in each epoch. batch_loss: indices (batch_size,) of images ->
     loss; its random numbers are torch's own. They and the order are seeded with functions of seed,
-    epoch and step, so that a run can be resumed at any step. The peak learning rate is the one
-    that an optimizer was made with.
+    epoch and step, so that a run can be resumed at any step. The learning rate is the one that an
+    optimizer was made with, times a linear warm-up over the share `warmup` (0 to 1) of the steps,
+    times a half-cosine decay to 0: Loshchilov & Hutter (2017), eq. 5.
     """
     per_epoch = max(1, len(images) // batch_size)
     for step in range(first, steps):
@@ -104,8 +96,9 @@ def training_loop(model, optimizers, batch_loss, images, steps, batch_size, seed
         model.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        rise = min(1.0, (step + 1) / max(1, warmup * steps))
+        rate = rise * 0.5 * (1 + math.cos(math.pi * step / steps))
         for optimizer in optimizers:
-            rate = warmup_cosine(step, steps, warmup)
             optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * rate
             optimizer.step()
         yield step + 1, loss.detach()
@@ -202,7 +195,7 @@ def linear_classifier(x, labels, classes=10):
 def features(models, test, test_labels, train, labels):
     """Correlation of the latents, accuracy of a linear classifier on them, first-layer filters."""
     noisy = corrupted(test, "gaussian 0.3")
-    table, mosaics = {}, []
+    table, rows = {}, []
     encoders = {f"trained on {text}": [model.encode for model in models[text]] for text in models}
     encoders["pixels"] = [nn.Identity()] * len(models["clean"])
     for row, each_seed in encoders.items():
@@ -218,31 +211,29 @@ def features(models, test, test_labels, train, labels):
                 for name, x in (("clean", z_test), ("noisy", z_noisy)):
                     accuracy = (classify(x) == test_labels).float().mean().item()
                     columns.setdefault(f"{count:,} labels, {name}", []).append(accuracy)
-    for each_seed in models.values():  # the 64 most active of 256 units
+    for each_seed in models.values():  # the 16 most active of 256 units
         layer = each_seed[0].encoder[0]
-        active = layer(test).relu().std(0).argsort(descending=True)[:64]
+        active = layer(test).relu().std(0).argsort(descending=True)[:16]
         weight = layer.weight[active]
         weight = 0.5 + 0.5 * weight / weight.abs().amax(1, keepdim=True)
-        tiles = F.pad(weight.view(8, 8, 28, 28), (0, 1, 0, 1), value=1)
-        mosaics.append(tiles.transpose(1, 2).reshape(1, 8 * 29, 8 * 29))
-    return table, dict(rows=[mosaics], zoom=2,
-                       column_labels=[f"trained on {text}" for text in models])
+        rows.append(list(weight.view(-1, 1, 28, 28)))
+    return table, dict(rows=rows, row_labels=[f"trained on {text}" for text in models], zoom=2)
 
 
 def progressive(models, test, *_, passes=10):
     """Gaussian 0.5 and masking 0.3: the output of a model is fed back into it, `passes` times."""
     noisy = corrupted(test, "gaussian 0.5 + masking 0.3")
-    table, rows = {}, []
     added = {"nothing added": "clean", "noise 0.1 added": "gaussian 0.1"}  # before each pass
+    names = ["input", *(f"pass {i + 1}" for i in range(passes))]
+    table, rows = {name: {column: [] for column in added} for name in names}, []
     for column, text in added.items():
         for seed, model in enumerate(models["gaussian 0.3"]):
             generator = torch.Generator(test.device).manual_seed(seed)
             x, shown = noisy, [test[0]]
-            for i in range(passes + 1):
-                if i > 0:
+            for name in names:
+                if name != "input":
                     x = model(corrupt(x, text, generator))[0]
-                numbers = table.setdefault(f"pass {i}" if i else "input", {})
-                numbers.setdefault(column, []).append(F.mse_loss(x, test).item())
+                table[name][column].append(F.mse_loss(x, test).item())
                 shown.append(x[0])
             if seed == 0:
                 rows.append([x.view(1, 28, 28) for x in shown])
@@ -319,16 +310,12 @@ def lab(args):
               f"mean ± standard deviation over the seeds.\n")
     for exercise in exercises:
         trained_on, function = EXERCISES[exercise]
-        with torch.no_grad():
-            tables[exercise], grid = function({text: models[text] for text in trained_on}, test,
-                                              test_labels, images, labels)
-        section = f"\n## {exercise}\n\n{markdown(tables[exercise])}"
-        report += section
-        picture = args.out / f"autoencoder-{exercise}.png"
-        image_grid(**grid).save(picture)
-        print(f"{section}\npicture: {picture}")
+        tables[exercise], grid = function({text: models[text] for text in trained_on}, test,
+                                          test_labels, images, labels)
+        report += f"\n## {exercise}\n\n{markdown(tables[exercise])}"
+        image_grid(**grid).save(args.out / f"autoencoder-{exercise}.png")
     (args.out / "lab.md").write_text(report, encoding="utf-8")
-    print(f"tables: {args.out / 'lab.md'}")
+    print(f"{report}\nwritten to {args.out}: lab.md and a picture for each exercise")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(tables, indent=1) + "\n")

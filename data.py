@@ -248,10 +248,8 @@ def sparse_split(images, input_ratio=0.2, output_ratio=0.2, generator=None, orde
     """
     batch, channels, height, width = images.shape
     pixels = height * width
-    n_in = int(pixels * input_ratio) if 0 < input_ratio < 1 else 0
-    n_out = pixels - n_in
-    if output_ratio is not None:
-        n_out = int(pixels * output_ratio) if 0 < output_ratio < 1 else 0
+    n_in = int(pixels * input_ratio)
+    n_out = pixels - n_in if output_ratio is None else int(pixels * output_ratio)
     if n_in < 1 or n_out < 1 or n_in + n_out > pixels:
         raise ValueError(f"ratios {input_ratio} and {output_ratio} must each take a pixel "
                          f"and together at most {pixels}")
@@ -267,12 +265,6 @@ def sparse_split(images, input_ratio=0.2, output_ratio=0.2, generator=None, orde
         split[f"{name}_coords"] = torch.stack([x, y], dim=-1)
         split[f"{name}_values"] = values.take_along_dim(indices[:, :, None], dim=1)
     return split
-
-
-def scatter_pixels(indices, values, images):
-    """A copy of images (B, C, H, W) with values (B, N, C) at the pixels indices (B, N)."""
-    index = indices[:, None].expand(-1, images.shape[1], -1)  # (B, C, N)
-    return images.flatten(2).scatter(2, index, values.mT).view_as(images)
 
 
 def heat(error, limit=0.5):
@@ -315,7 +307,7 @@ def run(main):
     except (ValueError, OSError, torch.linalg.LinAlgError) as problem:
         sys.exit(f"error: {problem}")
     except RuntimeError as problem:  # of a GPU or of the CPU
-        if "memory" not in str(problem):
+        if "allocate" not in str(problem):
             raise
         sys.exit("error: out of memory: use a smaller --batch-size, --samples or --scale")
     except KeyboardInterrupt:
@@ -325,16 +317,17 @@ def run(main):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", default="auto", help="cifar10, mnist, leaves, glyphs or a folder")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="of the data sets")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where data sets lie")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the picture")
-    parser.add_argument("--seed", type=int, default=0, help="of the masks")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the masks")
     args = parser.parse_args()
     name, images, _ = load_dataset(args.data, args.data_dir, train=False)
     torch.manual_seed(args.seed % 2**32)
     split = sparse_split(images[:8])
-    rows, grey = [split["full_image"]], torch.zeros_like(split["full_image"])
+    image, rows = split["full_image"], [split["full_image"]]
     for part in ("input", "output"):
-        rows.append(scatter_pixels(split[f"{part}_indices"], split[f"{part}_values"], grey))
+        mask = torch.zeros_like(image[:, 0]).flatten(1).scatter(1, split[f"{part}_indices"], 1.0)
+        rows.append(image * mask.view_as(image[:, :1]))  # grey, 0, elsewhere
     rows = [list(x / 2 + 0.5) for x in rows]
     args.out.mkdir(parents=True, exist_ok=True)
     image_grid(rows, row_labels=["image", "input", "output"]).save(args.out / "data.png")

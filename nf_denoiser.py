@@ -102,7 +102,6 @@ class Attention(nn.Module):
         q, (k, v) = self.to_q(x), self.to_kv(context).chunk(2, dim=-1)
         q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
                    for y in (q, k, v))  # (B, heads, N or M, head_dim)
-        bias = None if bias is None else bias.to(q.dtype)
         y = F.scaled_dot_product_attention(q, k, v, bias)  # dropout is in the MLP only
         return self.to_out(y.transpose(1, 2).flatten(2))  # (B, N, dim)
 
@@ -131,7 +130,7 @@ class PerceiverIO(nn.Module):
     """A set of vectors in, an answer for each query out. Perceiver IO (Jaegle et al.), fig. 2.
 
     Latents read the inputs (encoder), then themselves (processor); queries read the latents
-    (decoder). The cost is that of num_latents * (N + M) attention weights, not N * M.
+    (decoder). The cost of reading and answering grows like num_latents * (N + M), not N * M.
     Raises ValueError if latent_dim is not a multiple of num_heads.
     """
 
@@ -185,8 +184,7 @@ def pixel_covariance(images):
 
 def exponential_covariance(side, length=16 / 31):
     """The textbook alternative exp(-distance / length): (side * side, side * side), diagonal 1."""
-    row, column = torch.meshgrid(*2 * [torch.linspace(0, 1, side)], indexing="ij")
-    coords = torch.stack([column.flatten(), row.flatten()], dim=1)
+    coords = torch.cartesian_prod(*2 * [torch.linspace(0, 1, side)])
     return torch.exp(-(coords[:, None] - coords).norm(dim=-1) / length)
 
 
@@ -202,7 +200,7 @@ class GaussianField(nn.Module):
     covariance: (P, P) between the P = side * side pixels of the image, mean of the diagonal 1.
     """
 
-    jitter = 1e-3  # variance of white noise added to the inputs, for the conditioning
+    jitter = 1e-3  # white noise at the inputs, in units of the prior's variance: keeps K invertible
 
     def __init__(self, covariance):
         super().__init__()
@@ -289,7 +287,7 @@ class NFDenoiser(nn.Module):
         super().__init__()
         if not parts or set(parts) - set(PARTS):
             raise ValueError(f"parts must be one or more of {', '.join(PARTS)}, got {parts}")
-        if side % 2 ** (len(widths) - 1):
+        if "unet" in parts and side % 2 ** (len(widths) - 1):
             raise ValueError(f"side must be divisible by {2 ** (len(widths) - 1)}, got {side}")
         self.side, self.field, self.unet, self.perceiver = side, None, None, None
         self.register_buffer("alphas_cumprod", alphas_cumprod.detach().float().cpu())

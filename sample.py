@@ -33,9 +33,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from autoencoder import DenoisingAutoencoder, report_autoencoder
-from data import (fixed_order, heat, image_grid, load_dataset, open_picture, run, scatter_pixels,
-                  sparse_split, square_picture)
-from nf_denoiser import GaussianField, NFDenoiser, exponential_covariance
+from data import (fixed_order, heat, image_grid, load_dataset, open_picture, run, sparse_split,
+                  square_picture)
+from nf_denoiser import GaussianField, NFDenoiser, exponential_covariance, scatter
 from noise import psnr, ssim
 from schedule import DiffusionSchedule, ddim_sample, ddpm_sample
 
@@ -100,11 +100,11 @@ def where(split):
 def assemble(split, values=None):
     """Images (B, C, H, W) in [-1, 1]: the input pixels of a split, and values (B, N, C) at its
     first N outputs; grey elsewhere."""
-    images = torch.zeros_like(split["full_image"])
+    indices, given = split["input_indices"], split["input_values"]
     if values is not None:
-        indices = split["output_indices"][:, :values.shape[1]]
-        images = scatter_pixels(indices, values.clamp(-1, 1), images)
-    return scatter_pixels(split["input_indices"], split["input_values"], images)
+        indices = torch.cat([indices, split["output_indices"][:, :values.shape[1]]], dim=1)
+        given = torch.cat([given, values.clamp(-1, 1)], dim=1)
+    return scatter(indices, given, split["full_image"][0, 0].numel()).view_as(split["full_image"])
 
 
 @torch.no_grad()

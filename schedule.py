@@ -193,14 +193,13 @@ def line_chart(title, curves):
         number = round(float(y_low + part * y_span), 9)
         draw.text((56, y), f"{number:.3g}", "#444", font_size=12, anchor="rm")
         draw.text((x, 296), f"{x_low + part * x_span:.4g}", "#444", font_size=12, anchor="ma")
-    right = 436  # the labels stand on the line of the title, from right to left
     for i, (label, curve) in enumerate(curves.items()):
         colour = ("#1f6fb4", "#d1481f", "#2b9348", "#8a4fbf")[i % 4]
         points = [(62 + 374 * (x - x_low) / x_span, 290 - 260 * (y - y_low) / y_span)
                   for x, y in zip(*curve)]
         draw.line(points, fill=colour, width=2, joint="curve")
-        draw.text((right, 8), label, colour, font_size=12, anchor="ra")
-        right -= draw.textlength(label, font_size=12) + 12
+        draw.circle(points[-1], 3, colour)
+        draw.text((436 - 110 * i, 8), label, colour, font_size=12, anchor="ra")
     return image
 
 
