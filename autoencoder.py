@@ -217,7 +217,7 @@ def features(models, test, test_labels, train, labels):
         weight = layer.weight[active]
         weight = 0.5 + 0.5 * weight / weight.abs().amax(1, keepdim=True)
         rows.append(list(weight.view(-1, 1, 28, 28)))
-    return table, dict(rows=rows, row_labels=[f"trained on {text}" for text in models], zoom=2)
+    return table, dict(rows=rows, row_labels=[f"trained on {text}" for text in models], zoom=3)
 
 
 def progressive(models, test, *_, passes=10):

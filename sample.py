@@ -199,7 +199,7 @@ def draw_fine(model, schedule, split, scale):
     given = F.interpolate(assemble(split), scale_factor=scale)
     smooth = F.interpolate(truth, size=size, mode="bicubic", align_corners=True)
     rows = [[x / 2 + 0.5 for x in row] for row in zip(given, fine.mT.unflatten(2, size), smooth)]
-    return image_grid(rows, ["input pixels", f"field x{scale}", "truth, bicubic"],
+    return image_grid(rows, ["input pixels", f"model x{scale}", "truth, bicubic"],
                       zoom=max(1, 6 // scale))
 
 
