@@ -22,6 +22,7 @@ import argparse
 import io
 import json
 import math
+import sys
 import time
 import zipfile
 from functools import partial
@@ -293,7 +294,8 @@ def restore(image, known, answer, side=32):
                 values = F.pad(assemble(split, answer(split)).flatten(2), (0, 0, 0, 1), value=1)
                 total.index_add_(1, some.flatten(), (values * weight).transpose(0, 1).flatten(1))
                 done += len(some)
-                print(f"{done:,} of {ready.sum():,} windows", end="\r", flush=True)
+                if sys.stdout.isatty():
+                    print(f"{done:,} of {ready.sum():,} windows", end="\x1b[K\r", flush=True)
         filled = ~known & (total[-1] > 0)
         image = torch.where(filled, total[:-1] / total[-1].clamp(min=1e-12), image)
         known = known | filled

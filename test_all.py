@@ -27,6 +27,7 @@ import time
 import traceback
 import tracemalloc
 import types
+import unittest.mock
 import urllib.request
 import zlib
 from pathlib import Path
@@ -45,6 +46,7 @@ import sample
 import schedule
 import train
 
+patched = unittest.mock.patch.multiple  # sets attributes for the length of a `with`
 HERE = Path(__file__).resolve().parent
 LONG = "--long" in sys.argv
 nf_denoiser.SIZES["small"] = dict(num_latents=8, latent_dim=32, num_fourier_feats=8, num_blocks=1,
@@ -74,19 +76,6 @@ def close(a, b, tolerance):
     assert a.shape == b.shape or b.dim() == 0, f"shapes {tuple(a.shape)} and {tuple(b.shape)}"
     worst = (a - b).abs().max().item()
     assert worst <= tolerance, f"differ by {worst:.3g}, more than {tolerance:.3g}"
-
-
-@contextlib.contextmanager
-def patched(module, **values):
-    """Set attributes of a module for the length of a `with`."""
-    old = {name: getattr(module, name) for name in values}
-    try:
-        for name, value in values.items():
-            setattr(module, name, value)
-        yield
-    finally:
-        for name, value in old.items():
-            setattr(module, name, value)
 
 
 def quiet(call, *arguments):
