@@ -386,6 +386,7 @@ def load_checkpoint(path, device="cpu"):
             file.seek(0)
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
             kind, config, *_ = (checkpoint[key] for key in KEYS)
+            DiffusionSchedule(**checkpoint["schedule"])  # raises an error if it is none
             weights = {name: value.float() for name, value in checkpoint["model"].items()}
             if kind not in ("nf", "dae", "ae"):
                 raise ValueError("it holds another kind of model")

@@ -1779,6 +1779,7 @@ def test_bad_input_gets_one_line_and_an_exit_code():
         torch.save([1, 2], "list.pt")
         torch.save({"kind": "nf", "config": Evil()}, "evil.pt")
         torch.save(torch.load(sample.SHIPPED) | {"kind": "../alien"}, "alien.pt")
+        torch.save(torch.load(sample.SHIPPED) | {"schedule": None}, "alien2.pt")
         for module, line, *words in (  # exit code 1: one line, "error: ..."
                 (train, "--model dae --data cifar10"), (train, "--batch-size 990 --data cifar10"),
                 (train, "--batch-size 3 --data cifar10"), (train, "--resume --data cifar10"),
@@ -1787,7 +1788,8 @@ def test_bad_input_gets_one_line_and_an_exit_code():
                 (train, "--model dae --noise-param nan --data mnist"),
                 (train, "--parts field --bench --data cifar10"),
                 *((sample, name, name) for name in (
-                    "junk.pt", "empty.pt", "odd.pt", "list.pt", "evil.pt", "alien.pt", "none.pt")),
+                    "junk.pt", "empty.pt", "odd.pt", "list.pt", "evil.pt", "alien.pt", "alien2.pt",
+                    "none.pt")),
                 (sample, "--device warp"), (sample, "--device meta"),
                 (sample, f"{sample.SHIPPED} --image photo.png"),
                 (sample, f"{sample.SHIPPED} --data mnist"),
