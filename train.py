@@ -25,6 +25,7 @@ import os
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # before torch is imported
 import argparse
 import signal
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -217,16 +218,21 @@ def bench(loop, loss, optimizers, args):
 
     loss: a function without arguments, the loss of one batch as the loop computes it.
     """
-    def seconds(function):  # a median; Timer warms up, and waits for a GPU
+    def seconds(function):  # Timer warms up, and waits for a GPU
         timer = Timer("f()", globals=dict(f=function), num_threads=torch.get_num_threads())
-        return timer.blocked_autorange(min_run_time=2).median
+        return timer.timeit(1).mean
+
+    def product():
+        with mixed_precision(args.device):
+            return matrix @ matrix
 
     matrix = torch.rand(2048, 2048, device=args.device)
-    step, forward = seconds(lambda: next(loop)), seconds(loss)
-    both = seconds(lambda: loss().backward())
-    update = seconds(lambda: [optimizer.step() for optimizer in optimizers])
-    with mixed_precision(args.device):
-        matmul = seconds(lambda: matrix @ matrix)
+    work = (lambda: next(loop), loss, lambda: loss().backward(),
+            lambda: [optimizer.step() for optimizer in optimizers], product)
+    rounds, start = [], time.time()
+    while len(rounds) < 8 and time.time() - start < 60:  # in turns: slow spells affect all equally
+        rounds.append([seconds(function) for function in work])
+    step, forward, both, update, matmul = map(statistics.median, zip(*rounds))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         loss().backward()
     parts = {"drawing and forward": forward, "backward": both - forward, "optimizers": update,
