@@ -508,7 +508,8 @@ def main(argv=None):
     if args.export:
         return export(model, checkpoint, args.export)
     if kind != "nf" and (args.image or args.sampling):
-        raise ValueError(f"{path} is an autoencoder: it takes no --image and draws no samples")
+        raise ValueError(f"{path} is an autoencoder, and these flags are for a neural field: give "
+                         f"the path of its checkpoint")
     schedule = DiffusionSchedule(**checkpoint["schedule"]).to(device)
     sampler = partial(ddim_sample, num_steps=args.steps or 50, eta=args.eta)
     if args.sampler == "ddpm":
