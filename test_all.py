@@ -1535,6 +1535,7 @@ def test_two_processes_train_as_one():
         assert sample.load_checkpoint("one/nf/checkpoint.pt")[1]["step"] >= 2
         with patched(os, environ={**os.environ, "WORLD_SIZE": "3", "RANK": "0"}):
             refused(train, f"{flags} one --steps 1", "multiple of 6")
+            refused(train, "--model nf --batch-size 6 --bench", "torchrun")
 
 
 def test_a_full_disk_or_a_loss_that_is_not_finite_spares_the_checkpoint():
