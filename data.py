@@ -116,7 +116,7 @@ def download(urls, path, md5):
         finally:
             temporary.unlink(missing_ok=True)
     raise ConnectionError(f"cannot fetch {path.name} ({'; '.join(reasons)}); put the files into "
-                      f"{path.parent}/ yourself, or use --data leaves or --data glyphs")
+                          f"{path.parent}/ yourself, or use --data leaves or --data glyphs")
 
 
 def make_leaves(count, seed):
@@ -248,8 +248,10 @@ def sparse_split(images, input_ratio=0.2, output_ratio=0.2, generator=None, orde
     """
     batch, channels, height, width = images.shape
     pixels = height * width
-    n_in = int(pixels * input_ratio)
-    n_out = pixels - n_in if output_ratio is None else int(pixels * output_ratio)
+    n_in = int(pixels * input_ratio) if 0 < input_ratio < 1 else 0
+    n_out = pixels - n_in
+    if output_ratio is not None:
+        n_out = int(pixels * output_ratio) if 0 < output_ratio < 1 else 0
     if n_in < 1 or n_out < 1 or n_in + n_out > pixels:
         raise ValueError(f"ratios {input_ratio} and {output_ratio} must each take a pixel "
                          f"and together at most {pixels}")

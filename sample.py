@@ -216,10 +216,12 @@ def animate(split, frames, path):
 
 
 def save_pictures(folder, pictures):
-    """Save {file name: Pillow image} below a folder, and say where."""
+    """Save {file name: Pillow image} below a folder, all or none, and say where."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():
-        picture.save(folder / name)
+        picture.save(folder / f".{name}")
+    for name in pictures:
+        (folder / f".{name}").replace(folder / name)
         print(f"picture: {folder / name}")
 
 
@@ -386,7 +388,7 @@ def load_checkpoint(path, device="cpu"):
             file.seek(0)
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
             kind, config, *_ = (checkpoint[key] for key in KEYS)
-            DiffusionSchedule(**checkpoint["schedule"])  # raises an error if it is none
+            DiffusionSchedule(**checkpoint["schedule"])  # refuses unknown schedules here
             weights = {name: value.float() for name, value in checkpoint["model"].items()}
             if kind not in ("nf", "dae", "ae"):
                 raise ValueError("it holds another kind of model")

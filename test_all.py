@@ -546,9 +546,9 @@ def test_sparse_split_against_numpy():
     chosen = torch.cat([a["input_indices"], a["output_indices"]], 1)
     assert all(len(set(row)) == 408 for row in chosen.tolist())  # never the same pixel twice
     assert data.sparse_split(big, 0.2, None)["output_indices"].shape == (60, 820)
-    for ratios in ((0, 0.2), (0.2, 0), (0.6, 0.5), (-0.1, 0.2), (0.0001, 0.2), (0.2, 1.1), (1, 0)):
+    for ratios in ((0, 0.2), (0.2, 0), (0.6, 0.5), (-0.1, 0.2), (0.0001, 0.2), (0.2, 1.1), (1, 0),
+                   (math.nan, 0.2), (0.2, math.inf)):
         raises(ValueError, lambda: data.sparse_split(images, *ratios), ratios[0])
-    raises(ValueError, lambda: data.sparse_split(images, math.nan), "NaN")
 
 
 def test_fixed_order_is_a_function_of_seed_image_and_pixel():
@@ -1714,6 +1714,11 @@ def test_a_photograph_of_your_own():
                 ("a.png --sampler ddim --steps 1001", "1000")):
             code, out, err = run(sample, f"{command} {flags}")
             assert code and word in err and "Trace" not in err, (flags, err)
+        assert Path("out/nf/restored.png").read_bytes() == before
+        Path("out/nf/comparison.png").unlink()
+        Path("out/nf/comparison.png").mkdir()  # cannot be replaced
+        os.mkdir("out/nf/.comparison.png")
+        refused(sample, f"{command} grey.png")
         assert Path("out/nf/restored.png").read_bytes() == before
 
 

@@ -128,7 +128,7 @@ def parse_arguments():
     add("--model", choices=["nf", "dae", "ae"], default="nf")
     add("--size", choices=list(SIZES), default="small", help="nf only")
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="nf only")
-    add("--masks", choices=["fresh", "fixed"], default="fresh", help="nf only; fixed: one an image")
+    add("--masks", choices=["fresh", "fixed"], default="fresh", help="nf only; fixed: per image")
     add("--beta-schedule", choices=["cosine", "linear"], default="cosine", help="nf only")
     add("--noise", choices=[*NOISES, "mixed"], default="gaussian", help="dae only")
     add("--noise-param", type=float, help="dae only (default 0.3, salt_pepper 0.2)")
