@@ -173,7 +173,7 @@ def report_autoencoder(model, images, folder, trained_on):
     test = images.flatten(1).float() / 255
     table, grid = cross_test(CORRUPTIONS, {trained_on: [model]}, test, shown=4)
     folder.mkdir(parents=True, exist_ok=True)
-    image_grid(**grid, zoom=2).save(folder / "samples.png")
+    image_grid(**grid, zoom=3).save(folder / "samples.png")
     print(f"test MSE, {len(test):,} images\n{markdown(table)}picture: {folder / 'samples.png'}")
     return table
 
@@ -327,8 +327,8 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--exercise", choices=[*EXERCISES, "all"])
-    add("--seeds", type=int, default=3, help="train each model with this many seeds")
-    add("--epochs", type=int, default=10)
+    add("--seeds", type=int, default=3, help="train each model with this many seeds (3)")
+    add("--epochs", type=int, default=10, help="of each training (10)")
     add("--batch-size", type=int, default=512)
     add("--data", default="auto", help="auto, mnist, glyphs or a folder")
     add("--data-dir", type=Path, default=Path("data"), help="folder of the data sets")

@@ -16,11 +16,11 @@ to be read.
     input pixels  (B, N_in, 3)  --+--> field      posterior mean (B, 3, 32, 32) of a Gaussian
     noisy outputs (B, N_out, 3) --+      |        random field: linear algebra; std: (B, 1, 3)
                                   |      v
-                                  +--> unet       features of that mean image (B, widths[0], 32, 32)
+                                  +--> unet       features of that mean image (B, width, 32, 32)
                                   |      |        read at the output coordinates
                                   |      v
-                                  +--> perceiver  latents read all pixels; each output pixel reads
-                                                  the latents: (B, N_out, 3)
+                                  +--> perceiver  latents, learned vectors, attend to all pixels;
+                                                  outputs attend to latents: (B, N_out, 3)
 
     python nf_denoiser.py                  # the parameters of each part, for each --size
 
