@@ -327,8 +327,8 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--exercise", choices=[*EXERCISES, "all"])
-    add("--seeds", type=int, default=3, help="train each model with this many seeds (3)")
-    add("--epochs", type=int, default=10, help="of each training (10)")
+    add("--seeds", type=int, default=3, help="seeds for each model, default %(default)s")
+    add("--epochs", type=int, default=10, help="default %(default)s")
     add("--batch-size", type=int, default=512)
     add("--data", default="auto", help="auto, mnist, glyphs or a folder")
     add("--data-dir", type=Path, default=Path("data"), help="folder of the data sets")

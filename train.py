@@ -126,7 +126,7 @@ def parse_arguments():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add, count = parser.add_argument, between(1, 10**7)
     add("--model", choices=["nf", "dae", "ae"], default="nf")
-    add("--size", choices=list(SIZES), default="small", help="nf only (default small)")
+    add("--size", choices=list(SIZES), default="small", help="nf only; default %(default)s")
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="nf only")
     add("--masks", choices=["fresh", "fixed"], default="fresh", help="nf only; fixed: per image")
     add("--beta-schedule", choices=["cosine", "linear"], default="cosine", help="nf only")
@@ -136,7 +136,7 @@ def parse_arguments():
     add("--data-dir", type=Path, default=Path("data"), help="folder of the data sets")
     add("--out", type=Path, default=Path("out"), help="folder for everything that is written")
     length = parser.add_mutually_exclusive_group().add_argument
-    length("--steps", type=count, help="how many batches to train on (small: 1,250)")
+    length("--steps", type=count, help="how many batches to train on")
     length("--epochs", type=count, help="or how many times through the data")
     add("--batch-size", type=count)
     add("--lr", type=between(1e-12, 1e99, float), help="peak learning rate")
@@ -334,8 +334,8 @@ def main():
     loop = training_loop(model, optimizers, batch_loss, images, args.steps, args.batch_size,
                          args.seed, warmup, first)
     print(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters | {args.data}: "
-          f"{len(images):,} images | {args.device} x {world}, {torch.get_num_threads()} threads, "
-          f"torch {torch.__version__}")
+          f"{len(images):,} images | {args.device}, processes: {world}, threads: "
+          f"{torch.get_num_threads()}, torch {torch.__version__}")
     if args.bench:
         index = torch.arange(args.batch_size, device=args.device)
         return bench(loop, lambda: batch_loss(index), optimizers, args)
