@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 CIFAR10_URLS = ["https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"]
@@ -267,6 +268,34 @@ def sparse_split(images, input_ratio=0.2, output_ratio=0.2, generator=None, orde
         split[f"{name}_coords"] = torch.stack([x, y], dim=-1)
         split[f"{name}_values"] = values.take_along_dim(indices[:, :, None], dim=1)
     return split
+
+
+def off_grid_split(images, input_ratio=0.2, output_ratio=0.2, generator=None, order=None):
+    """Like sparse_split, but the input lies at random places, not on the pixel grid.
+
+    The input's values are read bilinearly from the image at coordinates uniform in [0, 1]^2;
+    input_indices are the nearest pixels. The output are pixels of the grid, None: all of them.
+    order: (B, H * W + 2 N_in), uniform in [0, 1]: first the order of the pixels, then the places.
+    """
+    batch, channels, height, width = images.shape
+    pixels = height * width
+    n_in = int(pixels * input_ratio)
+    if order is None:
+        order = torch.rand(batch, pixels + 2 * n_in, generator=generator, device=images.device)
+    places = order[:, pixels:].unflatten(1, (n_in, 2))
+    split = sparse_split(images, input_ratio, None, order=order[:, :pixels])
+    indices = torch.cat([split["output_indices"], split["input_indices"]], dim=1)
+    if output_ratio is not None:
+        indices = indices[:, :int(pixels * output_ratio)]
+    grid = 2 * places[:, :, None] - 1                                      # (B, N_in, 1, 2)
+    read = F.grid_sample(split["full_image"], grid, align_corners=True)    # (B, C, N_in, 1)
+    column, row = (places * torch.tensor([width - 1, height - 1]).to(places)).round().long().unbind(-1)
+    values = split["full_image"].flatten(2).transpose(1, 2)
+    x, y = indices % width / max(width - 1, 1), indices // width / max(height - 1, 1)
+    return dict(full_image=split["full_image"], input_coords=places, input_values=read[..., 0].mT,
+                input_indices=row * width + column, output_indices=indices,
+                output_coords=torch.stack([x, y], dim=-1),
+                output_values=values.take_along_dim(indices[:, :, None], dim=1))
 
 
 def heat(error, limit=0.5):

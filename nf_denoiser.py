@@ -1,26 +1,23 @@
 """A neural field as a denoiser: scattered pixels in, the colour at any coordinate out.
 
-An image is a set of pixels (coordinate, value). Some are given, clean and fixed (the input);
-others start as Gaussian noise and are denoised step by step (the output). The network predicts
-the clean output values directly:
+An image is a set of pixels (coordinate, value). Some are given, clean and fixed (the input); others
+start as Gaussian noise and are denoised step by step (the output). The network predicts the clean
+output values directly, and the loss is its mean squared error:
 
     x_0_hat = f(x_t_out, coords_out, t, coords_in, x_in),      loss = mean (x_0_hat - x_0)^2
 
-It is a sum of three parts, and each can be left out (train.py --parts). The field does most of the
-work (21.66 dB without a gradient step, with the U-Net 22.19). Attention, the Perceiver IO, is the
-natural network for a set of pixels, but on these small images it adds nothing (22.19): it is here
-to be read.
+    x_0_hat = posterior_mean + std * (unet + perceiver)
 
-    x_0_hat = mean + std * (unet + perceiver)
+    input pixels  (B, N_in, 3)  --+--> gaussian   posterior mean (B, 3, 32, 32) of a Gaussian
+    noisy outputs (B, N_out, 3) --+      |        random field: linear algebra, nothing is learned
+                                  |      v
+                                  +--> unet       3 x 3 convolutions on that mean image; their
+                                  |      |        features are read at the output coordinates
+                                  |      v
+                                  +--> perceiver  attention between pixels, stronger where they are
+                                                  near and similar: (B, N_out, 3)
 
-    input pixels  (B, N_in, 3)  --+--> field      posterior mean (B, 3, 32, 32) of a Gaussian
-    noisy outputs (B, N_out, 3) --+      |        random field: linear algebra; std: (B, 1, 3)
-                                  |      v
-                                  +--> unet       features of that mean image (B, width, 32, 32)
-                                  |      |        read at the output coordinates
-                                  |      v
-                                  +--> perceiver  latents, learned vectors, attend to all pixels;
-                                                  outputs attend to latents: (B, N_out, 3)
+Each part can be left out (train.py --parts), and README.md says what each one reaches alone.
 
     python nf_denoiser.py                  # the parameters of each part, for each --size
 
@@ -35,32 +32,28 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-PARTS = ("field", "unet", "perceiver")
-SIZES = {  # --size; "full" has the Perceiver IO of the original design
-    "small": dict(widths=(48, 96, 128), num_latents=16, latent_dim=32, num_fourier_feats=16,
-                  num_blocks=1, num_heads=2, dropout=0.0),
-    "medium": dict(widths=(64, 128, 192), num_latents=16, latent_dim=32, num_fourier_feats=16,
-                   num_blocks=1, num_heads=2, dropout=0.0),
-    "full": dict(widths=(96, 192, 384), num_latents=512, latent_dim=512, num_fourier_feats=256,
-                 num_blocks=6, num_heads=8, dropout=0.1),
-}
+PARTS = ("gaussian", "unet", "perceiver")
 
 
-# --------------------------------------------------------------------- attention and Perceiver IO
+# ------------------------------------------------------------------------------------- embeddings
 class FourierFeatures(nn.Module):
     """gamma(v) = [sin(2 pi B v), cos(2 pi B v)], Tancik et al. (2020), arXiv 2006.10739, eq. 5.
+
+    A network that is given bare coordinates learns smooth functions of them first and fine detail
+    very slowly. Sines and cosines of many frequencies hand it the detail ready-made.
 
     (..., 2) coordinates in [0, 1] -> (..., 2 * num_feats). B is drawn once from a Gaussian with
     standard deviation `scale` (cycles per image side) and saved with the weights.
     """
 
-    def __init__(self, num_feats, scale=4.0):
+    def __init__(self, num_feats, scale=2.0):
         super().__init__()
         self.register_buffer("B", torch.randn(2, num_feats) * scale)
 
     def forward(self, coords):
-        # written out because a matrix product would round the angles under bf16 autocast
-        angle = 2 * math.pi * (coords[..., :1] * self.B[0] + coords[..., 1:] * self.B[1])
+        x, y = coords[..., :1], coords[..., 1:]
+        # not a matrix product: under bf16 autocast that would round the angles
+        angle = 2 * math.pi * (x * self.B[0] + y * self.B[1])
         return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
 
@@ -74,174 +67,273 @@ class SinusoidalTimeEmbedding(nn.Module):
         super().__init__()
         if dim < 2 or dim % 2:
             raise ValueError(f"the time embedding needs an even dim of at least 2, got {dim}")
-        frequencies = torch.exp(-math.log(10000) * torch.arange(dim // 2) / (dim // 2))
-        self.register_buffer("frequencies", frequencies)
+        exponents = torch.arange(dim // 2) / (dim // 2)
+        self.register_buffer("frequencies", torch.exp(-math.log(10000) * exponents))
 
     def forward(self, t):
         angle = t[:, None].float() * self.frequencies
         return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
 
+# --------------------------------------------------------------------- attention and Perceiver IO
 class Attention(nn.Module):
-    """Multi-head attention softmax(Q K^T / sqrt(d) + bias) V. Vaswani et al. (2017), eq. 1.
+    """Multi-head attention with a notion of distance. Vaswani et al. (2017), eq. 1.
 
-    x (B, N, dim) attends to context (B, M, dim) -> (B, N, dim). bias: (B, 1, 1, M) or None.
-    Raises ValueError if dim is not a multiple of num_heads.
+    Each head replaces a vector by a weighted mean of the values v_j of its context:
+
+        logits_ij  = q_i . k_j / sqrt(d) - |p_i - p_j|^2 / (2 reach^2) + log w_j
+        weights_ij = exp(logits_ij) / sum_j exp(logits_ij)                        (softmax)
+        y_i        = sum_j weights_ij v_j
+
+    The first term says how similar query and key are. The second, with the coordinates p, makes
+    weights fall with distance like a Gaussian of standard deviation `reach`, which each head
+    learns: with zero weights in to_q, attention is kernel regression (Nadaraya, 1964). The third
+    multiplies the weight of j by w_j, since exp(log w) = w.
+
+    x (B, N, dim) attends to context (B, M, dim) -> (B, N, dim). With placed=True the coordinates
+    (B, N, 2) and (B, M, 2) are needed, otherwise they are not used. log_w: (B, M) or None.
+    Raises ValueError if dim is not a multiple of num_heads, or of 4 * num_heads with placed=True.
     """
 
-    def __init__(self, dim, num_heads):
+    def __init__(self, dim, num_heads, placed=False):
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"latent_dim ({dim}) must be a multiple of num_heads ({num_heads})")
-        self.num_heads = num_heads
+        multiple = 4 * num_heads if placed else num_heads
+        if dim % multiple:
+            raise ValueError(f"latent_dim ({dim}) must be a multiple of {multiple} with "
+                             f"{num_heads} heads")
+        self.num_heads, self.placed = num_heads, placed
         self.to_q = nn.Linear(dim, dim, bias=False)
         self.to_kv = nn.Linear(dim, 2 * dim, bias=False)
         self.to_out = nn.Linear(dim, dim)
+        if placed:  # at first from 0.7 to 4 pixels of an image of 32 x 32
+            first, last = math.log(0.7 / 31), math.log(4 / 31)
+            self.log_reach = nn.Parameter(torch.linspace(first, last, num_heads))
 
-    def forward(self, x, context, bias=None):
-        q, (k, v) = self.to_q(x), self.to_kv(context).chunk(2, dim=-1)
-        q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-                   for y in (q, k, v))  # (B, heads, N or M, head_dim)
-        y = F.scaled_dot_product_attention(q, k, v, bias)  # dropout is in the MLP only
-        return self.to_out(y.transpose(1, 2).flatten(2))  # (B, N, dim)
+    def forward(self, x, context, x_coords=None, context_coords=None, log_w=None):
+        q = self.split_heads(self.to_q(x))                                # (B, heads, N, d)
+        k, v = self.to_kv(context).chunk(2, dim=-1)
+        k, v = self.split_heads(k), self.split_heads(v)                   # (B, heads, M, d)
+        d = q.shape[-1]
+        q = q / math.sqrt(d)
+        if log_w is None:
+            log_w = k.new_zeros(len(k), k.shape[2])
+        # What is added to q . k goes into a few more columns of q and k, since it is a product of
+        # something of i and something of j, too: no matrix of distances is stored.
+        log_w = log_w[:, None, :, None].expand(*k.shape[:3], 1).to(k.dtype)
+        one = q.new_ones(*q.shape[:3], 1)
+        if self.placed:
+            # -|p - p'|^2 = 2 p . p' - |p'|^2 - |p|^2, and the softmax cancels the last term, which
+            # is the same for all j. Measured from the centre, coordinates lose fewer digits.
+            p = x_coords[:, None] - 0.5                                   # (B, 1, N, 2)
+            p_context = (context_coords[:, None] - 0.5).expand(*k.shape[:3], 2)
+            precision = torch.exp(-2 * self.log_reach)[:, None, None]     # 1 / reach^2
+            squared = p_context.square().sum(-1, keepdim=True)            # (B, heads, M, 1)
+            q = torch.cat([*rotate(q, x_coords), precision * p, one], dim=-1)
+            k = torch.cat([*rotate(k, context_coords), p_context, log_w - precision / 2 * squared],
+                          dim=-1)
+        else:
+            q = torch.cat([q, one], dim=-1)
+            k = torch.cat([k, log_w], dim=-1)
+        v = F.pad(v, (0, q.shape[-1] - d))  # the fast kernels need one width for q, k and v
+        with torch.autocast(x.device.type, enabled=False):  # bf16 would round the distances
+            y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), scale=1.0)
+        return self.to_out(y[..., :d].transpose(1, 2).flatten(2))         # (B, N, dim)
+
+    def split_heads(self, x):
+        """(B, N, dim) -> (B, heads, N, dim / heads)."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+def rotate(x, coords):
+    """Rotary embedding in two dimensions. Su et al. (2021), arXiv 2104.09864, section 3.2.
+
+    Pairs of numbers of x are turned by angles that grow with the coordinates: half of the pairs
+    with x, half with y, with wavelengths from 0.08 to 1.3 of the image's side (2.5 to 40 pixels of
+    32). The dot product of two rotated vectors depends on the difference of their places only, so
+    a query can look for "two pixels to the left".
+
+    x (B, heads, N, d), coords (B, N, 2) -> the two halves, each (B, heads, N, d / 2).
+    """
+    wavelengths = torch.logspace(math.log10(0.08), math.log10(1.3), x.shape[-1] // 4)
+    angle = 2 * math.pi * coords[..., None] / wavelengths.to(coords)      # (B, N, 2, d / 4)
+    angle = angle.flatten(2)[:, None]                                     # (B, 1, N, d / 2)
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = angle.cos(), angle.sin()
+    return first * cos - second * sin, first * sin + second * cos
 
 
 class Block(nn.Module):
     """A pre-norm transformer block: attention, then an MLP, each added to its input.
 
-    x (B, N, dim) attends to context (B, M, dim) if cross, else to itself -> (B, N, dim).
+    x (B, N, dim) attends to context (B, M, dim), or to itself if that is None -> (B, N, dim).
+    The other arguments are those of Attention.
     """
 
-    def __init__(self, dim, num_heads, dropout=0.0, cross=False):
+    def __init__(self, dim, num_heads, dropout=0.0, placed=False, cross=False):
         super().__init__()
-        self.norm_x, self.norm_mlp = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.norm_x = nn.LayerNorm(dim)
         self.norm_context = nn.LayerNorm(dim) if cross else None
-        self.attention = Attention(dim, num_heads)
+        self.attention = Attention(dim, num_heads, placed)
+        self.norm_mlp = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.ReLU(), nn.Linear(2 * dim, dim),
                                  nn.Dropout(dropout))
 
-    def forward(self, x, context=None, bias=None):
+    def forward(self, x, x_coords=None, context=None, context_coords=None, log_w=None):
         y = self.norm_x(x)
-        x = x + self.attention(y, y if context is None else self.norm_context(context), bias)
+        if context is None:
+            y = self.attention(y, y, x_coords, x_coords)
+        else:
+            y = self.attention(y, self.norm_context(context), x_coords, context_coords, log_w)
+        x = x + y
         return x + self.mlp(self.norm_mlp(x))
 
 
 class PerceiverIO(nn.Module):
     """A set of vectors in, an answer for each query out. Perceiver IO (Jaegle et al.), fig. 2.
 
-    Latents read the inputs (encoder), then themselves (processor); queries read the latents
-    (decoder). The cost of reading and answering grows like num_latents * (N + M), not N * M.
-    Raises ValueError if latent_dim is not a multiple of num_heads.
+    Latents read the inputs (encoder), then each other (processor); queries read the latents
+    (decoder). The cost grows like num_latents * (N + M) and not like (N + M)^2.
+
+    num_latents None: the latents are placed where the inputs are. Each starts as its input and
+    attends by distance, so interpolation is there from the first step. A number: that many learned
+    vectors without a place, as in the paper, which must find out from the Fourier features what
+    "near" means.
+
+    Raises ValueError as Attention does.
     """
 
     def __init__(self, input_dim, query_dim, output_dim, num_latents=512, latent_dim=512,
                  num_blocks=6, num_heads=8, dropout=0.1):
         super().__init__()
+        placed = num_latents is None
         self.embed_inputs = nn.Linear(input_dim, latent_dim)
         self.embed_queries = nn.Linear(query_dim, latent_dim)
-        self.latents = nn.Parameter(torch.randn(num_latents, latent_dim) * 0.02)
-        self.encoder = Block(latent_dim, num_heads, dropout, cross=True)
-        self.processor = nn.ModuleList(Block(latent_dim, num_heads, dropout)
-                                       for _ in range(num_blocks))
-        self.decoder = Block(latent_dim, num_heads, dropout, cross=True)
+        self.latents = None
+        if not placed:
+            self.latents = nn.Parameter(torch.randn(num_latents, latent_dim) * 0.02)
+        self.encoder = Block(latent_dim, num_heads, dropout, placed, cross=True)
+        self.processor = nn.ModuleList()
+        for _ in range(num_blocks):
+            self.processor.append(Block(latent_dim, num_heads, dropout, placed))
+        self.decoder = Block(latent_dim, num_heads, dropout, placed, cross=True)
         self.norm_out = nn.LayerNorm(latent_dim)
         self.to_values = nn.Linear(latent_dim, output_dim)
 
-    def forward(self, inputs, queries, query_bias=None):
+    def forward(self, inputs, input_coords, queries, query_coords, log_w=None):
         """inputs (B, N, input_dim), queries (B, M, query_dim) -> (B, M, output_dim).
 
-        query_bias (B, 1, 1): if given, the latents read the queries, too, and this is added to
-        their attention logits.
+        Coordinates (B, N, 2) and (B, M, 2) in [0, 1]. log_w (B, 1): if given, the latents read the
+        queries, too, with their attention weights multiplied by w.
         """
-        tokens, queries = self.embed_inputs(inputs), self.embed_queries(queries)
-        bias = None
-        if query_bias is not None:
-            bias = F.pad(query_bias.expand(-1, 1, queries.shape[1]), (tokens.shape[1], 0))
-            bias = bias[:, None]                                             # (B, 1, 1, N + M)
-            tokens = torch.cat([tokens, queries], dim=1)                     # (B, N + M, dim)
-        latents = self.encoder(self.latents.expand(len(tokens), -1, -1), tokens, bias)
+        inputs, queries = self.embed_inputs(inputs), self.embed_queries(queries)
+        latents, latent_coords = inputs, input_coords
+        if self.latents is not None:
+            latents, latent_coords = self.latents.expand(len(inputs), -1, -1), None
+        context, context_coords = inputs, input_coords
+        if log_w is not None:
+            context = torch.cat([inputs, queries], dim=1)                 # (B, N + M, dim)
+            context_coords = torch.cat([input_coords, query_coords], dim=1)
+            log_w = F.pad(log_w.expand(-1, queries.shape[1]), (inputs.shape[1], 0))
+        latents = self.encoder(latents, latent_coords, context, context_coords, log_w)
         for block in self.processor:
-            latents = block(latents)
-        return self.to_values(self.norm_out(self.decoder(queries, latents)))
+            latents = block(latents, latent_coords)
+        outputs = self.decoder(queries, query_coords, latents, latent_coords)
+        return self.to_values(self.norm_out(outputs))
 
 
-# ------------------------------------------------------------------------------ Gaussian field
-def pixel_covariance(images):
-    """Second moments of the pixels of images uint8 (N, C, side, side), channels pooled.
-
-    Values in [-1, 1], averaged with the mirror images, scaled to a mean variance of 1.
-    Returns float32 (side * side, side * side) on the images' device.
-    """
-    side = images.shape[-1]
-    total = 0
-    for part in images.split(1000):
-        x = part.flatten(0, 1).flatten(1).float() / 127.5 - 1  # (1000 C, side * side)
-        total = total + x.T @ x
-    mirror = torch.arange(side * side, device=images.device).view(side, side).flip(1).flatten()
-    total = total + total[mirror][:, mirror]
-    return total / total.diagonal().mean()
-
-
-def exponential_covariance(side, length=16 / 31):
-    """The textbook alternative exp(-distance / length): (side * side, side * side), diagonal 1."""
-    coords = torch.cartesian_prod(*2 * [torch.linspace(0, 1, side)])
-    return torch.exp(-(coords[:, None] - coords).norm(dim=-1) / length)
-
-
+# -------------------------------------------------------------------- priors: before any learning
 class GaussianField(nn.Module):
-    """Posterior mean of an image, given clean and noisy pixels, if it were a Gaussian field.
+    """Posterior mean of an image, given clean and noisy pixels, if it were a Gaussian random field.
 
-    Prior of channel c: the mean of its input pixels, plus a field with the covariance
-    variance_c * covariance. The observations are x_0 at the input pixels, and at the output pixels
-    x_t / sqrt(alpha_bar) = x_0 + noise of variance (1 - alpha_bar) / alpha_bar. E[x_0 | x_in, x_t]
-    is the solution of a linear system: Rasmussen & Williams (2006), eq. 2.25. Without x_t this is
-    kriging.
+    Such a field knows only how alike any two pixels are: their covariance. Its best guess for all
+    pixels, given values y at some, is one linear system, known as kriging:
 
-    covariance: (P, P) between the P = side * side pixels of the image, mean of the diagonal 1.
+        posterior_mean = K(all, seen) (K(seen, seen) + D)^-1 y      Rasmussen & Williams, eq. 2.25
+
+    with the noise variances of y on the diagonal of D. Attention is its learned cousin: the same
+    weighted sum of values, with weights that a network finds.
+
+    covariance: (P, P) between the P = side * side pixels of the image, mean of the diagonal 1. The
+    covariance of channel c is this times variance_c, which is estimated from the input pixels.
     """
 
-    jitter = 1e-3  # white noise at the inputs, in units of the prior's variance: keeps K invertible
+    jitter = 1e-3       # noise of the clean pixels, in units of variance_c: K stays invertible
+    unexplained = 0.07  # share of the variance that is left when 20% of the pixels are known
 
     def __init__(self, covariance):
         super().__init__()
         self.register_buffer("covariance", covariance)
 
-    def forward(self, input_indices, input_values, output_indices=None, x_t=None, alpha_bar=None):
-        """input_indices (B, N_in), input_values (B, N_in, C): the clean pixels.
+    def forward(self, input_coords, y_in, output_coords, y_t=None, noise_variance=None):
+        """y_in (B, N_in, C): the clean pixels less their mean, at coordinates (B, N_in, 2).
 
-        output_indices (B, N_out), x_t (B, N_out, C), alpha_bar (B, 1, 1): the noisy ones, or None.
-        Returns (posterior_mean (B, C, P), variance (B, 1, C) of each channel's prior).
-        Raises torch.linalg.LinAlgError (a RuntimeError) if the covariance is not positive definite.
+        y_t (B, N_out, C): the noisy ones, with noise of variance (B, 1, 1), or None.
+        Returns the posterior mean on the grid (B, C, side, side) and at the outputs (B, N_out, C),
+        and variance (B, 1, C). Raises torch.linalg.LinAlgError (a RuntimeError) if the covariance
+        is not positive definite.
         """
-        indices = input_indices
-        mean = input_values.mean(dim=1, keepdim=True)                        # (B, 1, C)
-        y = input_values - mean                                              # (B, N, C)
-        noise = torch.full_like(y[..., :1], self.jitter)
-        weights = self.solve(indices, y, noise)                              # (B, N, C)
+        side = math.isqrt(len(self.covariance))
+        places = corners(input_coords, side)
+        noise = torch.full_like(y_in[..., :1], self.jitter)                # (B, N_in, 1)
+        weights = self.solve(places, noise, y_in)                          # (B, N_in, C)
         # maximum likelihood, y^T K^-1 y / N, as if two more pixels of variance 0.05 had been seen:
         # otherwise an image of one colour would have none
-        variance = ((y * weights).sum(dim=1, keepdim=True) + 2 * 0.05) / (y.shape[1] + 2)
-        if x_t is not None:  # the same with all N = N_in + N_out pixels
-            noise_t = (1 - alpha_bar) / (alpha_bar * variance)               # in units of K
-            noise = torch.cat([noise.expand_as(y), noise_t.expand_as(x_t)], dim=1)
-            y = torch.cat([y, x_t / alpha_bar.sqrt() - mean], dim=1)
-            indices = torch.cat([indices, output_indices], dim=1)
-            weights = self.solve(indices, y, noise)
-        image = weights.new_zeros(len(weights), len(self.covariance), weights.shape[2])
-        image = image.scatter_add(1, indices[..., None].expand_as(weights), weights)  # (B, P, C)
-        return mean.mT + image.mT @ self.covariance, variance                # eq. 2.25
+        likelihood = (y_in * weights).sum(dim=1, keepdim=True)
+        variance = (likelihood + 2 * 0.05) / (y_in.shape[1] + 2)           # (B, 1, C)
+        if y_t is not None:  # the same system with all N = N_in + N_out pixels
+            noise_t = noise_variance / variance
+            noise = torch.cat([noise.expand_as(y_in), noise_t.expand_as(y_t)], dim=1)
+            places = corners(torch.cat([input_coords, output_coords], dim=1), side)
+            weights = self.solve(places, noise, torch.cat([y_in, y_t], dim=1))
+        image = splat(places, weights, side**2) @ self.covariance          # (B, C, P)
+        image = image.unflatten(2, (side, side))
+        return image, read_at(image, output_coords), variance
 
-    def solve(self, indices, y, noise):
-        """(K + diag(noise))^-1 y for pixels (B, N), y (B, N, C) and noise (B, N, C or 1)."""
-        K = self.covariance[indices[:, :, None], indices[:, None, :]]        # (B, N, N)
-        K = K[:, None].repeat(1, noise.shape[2], 1, 1)                       # (B, C or 1, N, N)
+    def solve(self, places, noise, y):
+        """(K + D)^-1 y for N places, noise (B, N, C or 1) and y (B, N, C): (B, N, C)."""
+        indices, weights = places                                          # (B, N, 1 or 4)
+        K = 0
+        for i in range(indices.shape[2]):
+            for j in range(indices.shape[2]):
+                pairs = self.covariance[indices[:, :, None, i], indices[:, None, :, j]]
+                K = K + weights[:, :, None, i] * weights[:, None, :, j] * pairs
+        K = K[:, None].repeat(1, noise.shape[2], 1, 1)                     # (B, C or 1, N, N)
         K.diagonal(dim1=2, dim2=3).add_(noise.mT)
-        return torch.cholesky_solve(y.mT[..., None], torch.linalg.cholesky(K))[..., 0].mT
+        factor = torch.linalg.cholesky(K)
+        return torch.cholesky_solve(y.mT[..., None], factor)[..., 0].mT
 
 
-# ---------------------------------------------------------------------------------------- U-Net
+class IndependentPixels(nn.Module):
+    """The same posterior if pixels had nothing to do with each other: K is the identity.
+
+    The equation above then holds for each pixel alone: y shrinks towards 0 by the factor
+    variance / (variance + noise). This is what is left to say of x_t without the Gaussian field.
+    """
+
+    unexplained = 0.36  # 0.6^2: neighbours explain most of a pixel
+
+    def __init__(self, side):
+        super().__init__()
+        self.side = side
+
+    def forward(self, input_coords, y_in, output_coords, y_t=None, noise_variance=None):
+        """As in GaussianField."""
+        B, N_in, C = y_in.shape
+        variance = (y_in.square().sum(dim=1, keepdim=True) + 2 * 0.05) / (N_in + 2)
+        y_out = y_in.new_zeros(B, output_coords.shape[1], C)
+        if y_t is not None:
+            y_out = variance / (variance + noise_variance) * y_t
+        pixels = nearest_pixel(torch.cat([output_coords, input_coords], dim=1), self.side)
+        image = scatter(pixels, torch.cat([y_out, y_in], dim=1), self.side**2)
+        return image.unflatten(2, (self.side, self.side)), y_out, variance
+
+
+# ------------------------------------------------------------------------------------------ U-Net
 class UNet(nn.Module):
     """3 x 3 convolutions at full, half, ... resolution, one width for each. Ronneberger et al.
+
+    At full resolution a convolution sees neighbours; two levels further down the same nine weights
+    reach four times as far.
 
     (B, channels, H, W) -> (B, widths[0], H, W); H and W must be divisible by
     2^(len(widths) - 1). Skip connections are added, not concatenated.
@@ -249,16 +341,20 @@ class UNet(nn.Module):
 
     def __init__(self, channels, widths):
         super().__init__()
-        pairs = list(zip(widths, widths[1:]))
         self.first = nn.Conv2d(channels, widths[0], 3, padding=1)
-        self.before = nn.ModuleList(nn.Conv2d(a, a, 3, padding=1) for a in widths)
-        self.down = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1, stride=2) for a, b in pairs)
+        self.before, self.after = nn.ModuleList(), nn.ModuleList()
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        for width in widths:
+            self.before.append(nn.Conv2d(width, width, 3, padding=1))
+        for width, deeper in zip(widths, widths[1:]):
+            self.down.append(nn.Conv2d(width, deeper, 3, padding=1, stride=2))
+            self.up.append(nn.Conv2d(deeper, width, 1))
+            self.after.append(nn.Conv2d(width, width, 3, padding=1))
         self.bottom = nn.Conv2d(widths[-1], widths[-1], 3, padding=1)
-        self.up = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in pairs)
-        self.after = nn.ModuleList(nn.Conv2d(a, a, 3, padding=1) for a, _ in pairs)
 
     def forward(self, x):
-        x, skips = self.first(x.contiguous(memory_format=torch.channels_last)), []
+        x = self.first(x.contiguous(memory_format=torch.channels_last))
+        skips = []
         for i, before in enumerate(self.before):
             if i > 0:
                 x = self.down[i - 1](x.relu())
@@ -271,7 +367,7 @@ class UNet(nn.Module):
         return x
 
 
-# ------------------------------------------------------------------------------------- the model
+# -------------------------------------------------------------------------------------- the model
 class NFDenoiser(nn.Module):
     """The neural field: clean values of noisy output pixels, given clean input pixels.
 
@@ -289,15 +385,18 @@ class NFDenoiser(nn.Module):
             raise ValueError(f"parts must be one or more of {', '.join(PARTS)}, got {parts}")
         if "unet" in parts and side % 2 ** (len(widths) - 1):
             raise ValueError(f"side must be divisible by {2 ** (len(widths) - 1)}, got {side}")
-        self.side, self.field, self.unet, self.perceiver = side, None, None, None
+        self.side, self.unet, self.perceiver = side, None, None
         self.register_buffer("alphas_cumprod", alphas_cumprod.detach().float().cpu())
-        if "field" in parts:
-            self.field = GaussianField(exponential_covariance(side) if covariance is None
-                                       else covariance.detach().float().cpu())
+        if "gaussian" in parts:
+            if covariance is None:
+                covariance = exponential_covariance(side)
+            self.prior = GaussianField(covariance.detach().float().cpu())
+        else:
+            self.prior = IndependentPixels(side)
         if "unet" in parts:
             self.unet = UNet(channels + 3, widths)
             self.unet_to_values = nn.Linear(widths[0], channels)
-            nn.init.normal_(self.unet_to_values.weight, std=0.01)  # start near the mean
+            nn.init.normal_(self.unet_to_values.weight, std=0.01)  # start near the posterior mean
         if "perceiver" in parts:
             self.fourier = FourierFeatures(num_fourier_feats)
             self.embed_time = SinusoidalTimeEmbedding(64)
@@ -305,8 +404,9 @@ class NFDenoiser(nn.Module):
             query_dim = input_dim + (widths[0] if self.unet else 0)
             self.perceiver = PerceiverIO(input_dim, query_dim, channels, **perceiver)
             nn.init.normal_(self.perceiver.to_values.weight, std=0.01)
-        # brightness, red against blue, green against both (columns, orthonormal): these are hardly
-        # correlated, so each gets a variance of its own, small for the last two
+        # Red, green and blue rise and fall together. Rotated to brightness, red against blue and
+        # green against both (columns, orthonormal) they are hardly correlated, so each can have a
+        # variance of its own. All computations are in these colours.
         colours = torch.tensor([[1.0, 1, 1], [1, 0, -2], [1, -1, 1]])
         colours = colours / colours.norm(dim=0) if channels == 3 else torch.eye(channels)
         self.register_buffer("colours", colours, persistent=False)
@@ -316,77 +416,191 @@ class NFDenoiser(nn.Module):
 
         noisy_output_values: x_t (B, N_out, C); or None for pure noise (t = T - 1), so that nothing
         is computed from it. output_coords (B, N_out, 2), input_coords (B, N_in, 2): clamped to
-        [0, 1]; the field and the U-Net see the pixels at the nearest grid point.
-        t: int64 (B,) in 0..T-1. input_values: (B, N_in, C) in [-1, 1], clean.
+        [0, 1]; the U-Net sees its masks at the nearest pixels, the other parts use exact places.
+        t: (B,) in 0..T-1. input_values: (B, N_in, C) in [-1, 1], clean.
         Returns x_0_hat (B, N_out, C). Raises ValueError for other shapes or N_in = 0.
         """
-        (B, N_out, _), N_in, C = output_coords.shape, input_coords.shape[1], len(self.colours)
-        pure_noise = noisy_output_values is None
-        x_t = output_coords.new_zeros(B, N_out, C) if pure_noise else noisy_output_values
-        shapes = [tuple(x.shape) for x in (x_t, output_coords, t, input_coords, input_values)]
-        needed = [(B, N_out, C), (B, N_out, 2), (B,), (B, N_in, 2), (B, N_in, C)]
-        if N_in < 1 or shapes != needed:
-            raise ValueError(f"x_t, output_coords, t, input_coords, input_values need the shapes "
-                             f"{needed} and at least one input pixel, got {shapes}")
+        x_t = noisy_output_values
+        check_shapes(x_t, output_coords, t, input_coords, input_values, len(self.colours))
         input_coords, output_coords = input_coords.clamp(0, 1), output_coords.clamp(0, 1)
-        alpha_bar = self.alphas_cumprod[t][:, None, None]                    # (B, 1, 1)
-        exact = torch.autocast(t.device.type, enabled=False)  # linear algebra needs float32
-
-        # prior: mean and standard deviation of x_0, and what the U-Net sees
-        with exact, torch.no_grad():
-            x_t, x_in = x_t @ self.colours, input_values @ self.colours
-            mean_image, std, image = self.prior(None if pure_noise else x_t, output_coords,
-                                                alpha_bar, input_coords, x_in)
-            mean = read_at(mean_image, output_coords)                        # (B, N_out, C)
-        answer = torch.zeros_like(mean)
-        if self.unet:
-            features = read_at(self.unet(image), output_coords).relu()       # (B, N_out, widths[0])
-            answer = answer + self.unet_to_values(features)
-
-        if self.perceiver:
-            # query: coordinates, x_t scaled by sqrt(alpha_bar), time, the U-Net's features
-            time = self.embed_time(t)[:, None, :]                            # (B, 1, 64)
-            inputs = [self.fourier(input_coords), x_in, time.expand(-1, N_in, -1)]
-            query = [self.fourier(output_coords), alpha_bar.sqrt() * x_t,
-                     time.expand(-1, N_out, -1), *([features] if self.unet else [])]
-            # attention: the bias log(alpha_bar) down-weights noisy pixels
-            answer = answer + self.perceiver(torch.cat(inputs, dim=2), torch.cat(query, dim=2),
-                                             None if pure_noise else alpha_bar.log())
-        with exact:
-            return (mean + std * answer.float()) @ self.colours.T
-
-    def prior(self, x_t, output_coords, alpha_bar, input_coords, x_in):
-        """What is known before any learning; arguments as in forward, colours rotated.
-
-        Returns the mean image (B, C, side, side), the standard deviation (B, 1, C) of the
-        residual, and the U-Net's input (B, C + 3, side, side): the mean image (without a field the
-        pixels themselves), where there are input pixels and noisy pixels, and the noise level.
-        """
-        inputs, outputs = self.grid_index(input_coords), self.grid_index(output_coords)
-        if self.field:
-            mean_image, variance = self.field(inputs, x_in, outputs, x_t, alpha_bar)
-            residual = 0.07 * variance  # about what is left once 20% of the pixels are known
-            seen = mean_image - x_in.mean(1)[..., None]
-        else:  # the mean colour; the U-Net sees the pixels themselves
-            mean_image = x_in.mean(1)[..., None].expand(-1, -1, self.side**2)
-            variance = residual = torch.full_like(x_in[:, :1], 0.25)
-            seen = scatter(inputs, x_in, self.side**2)
+        t = t.long()
+        alpha_bar = self.alphas_cumprod[t][:, None, None]                  # (B, 1, 1)
+        with torch.autocast(t.device.type, enabled=False), torch.no_grad():
+            x_in = input_values @ self.colours
+            mean = x_in.mean(dim=1, keepdim=True)                          # (B, 1, C)
+            y_in, y_t = x_in - mean, None
+            # x_t / sqrt(alpha_bar) = x_0 + noise of this variance (DDPM, eq. 4)
+            noise_variance = (1 - alpha_bar) / alpha_bar
             if x_t is not None:
-                seen = seen + scatter(outputs, alpha_bar.sqrt() * x_t, self.side**2)
-        # variance of x_0 given x_t, for a Gaussian with the variance `residual`
-        std = (residual * (1 - alpha_bar) / (alpha_bar * residual + 1 - alpha_bar)).sqrt()
-        image = torch.cat([
-            seen / variance.sqrt().mT,
-            scatter(inputs, torch.ones_like(x_in[..., :1]), self.side**2),
-            scatter(outputs, alpha_bar.expand(-1, outputs.shape[1], 1), self.side**2),
-            alpha_bar.sqrt().expand(-1, 1, self.side**2)], dim=1)
-        as_image = lambda x: x.unflatten(2, (self.side, self.side))
-        return as_image(mean_image), std, as_image(image)
+                y_t = (x_t @ self.colours) / alpha_bar.sqrt() - mean
+            y_image, y_out, variance = self.prior(input_coords, y_in, output_coords, y_t,
+                                                  noise_variance)
+            # The error that is left: x_0 is known to `unexplained` from its neighbours and to
+            # noise_variance from x_t. With this scale the network's answer has a variance of about
+            # 1 at every t: it is c_out of Karras et al. (2022, arXiv 2206.00364), table 1.
+            unexplained = self.prior.unexplained * variance
+            std = (unexplained * noise_variance / (unexplained + noise_variance)).sqrt()
+            contrast = variance.sqrt()                                     # (B, 1, C)
 
-    def grid_index(self, coords):
-        """The nearest pixel y * side + x of coords (B, N, 2) in [0, 1]: int64 (B, N)."""
-        x, y = (coords * (self.side - 1)).round().long().unbind(-1)
-        return y * self.side + x
+        answer, features = torch.zeros_like(y_out), None
+        if self.unet:
+            image = self.unet_input(y_image / contrast.mT[..., None], output_coords, alpha_bar,
+                                    input_coords)
+            features = read_at(self.unet(image), output_coords).relu()     # (B, N_out, widths[0])
+            answer = answer + self.unet_to_values(features)
+        if self.perceiver:
+            inputs = self.describe(input_coords, y_in / contrast, t)
+            queries = self.describe(output_coords, y_out / contrast, t, features)
+            # A noisy pixel tells less: its weight in a softmax is multiplied by alpha_bar.
+            log_w = None if x_t is None else alpha_bar[:, 0].log()
+            answer = answer + self.perceiver(inputs, input_coords, queries, output_coords, log_w)
+        with torch.autocast(t.device.type, enabled=False):
+            return (mean + y_out + std * answer.float()) @ self.colours.T
+
+    def unet_input(self, y_image, output_coords, alpha_bar, input_coords):
+        """The planes that the U-Net sees: (B, C + 3, side, side).
+
+        The image so far, where there are input pixels, where there are noisy pixels and how much
+        they tell, and the noise level.
+        """
+        pixels, N_in, N_out = self.side**2, input_coords.shape[1], output_coords.shape[1]
+        input_mask = scatter(nearest_pixel(input_coords, self.side),
+                             torch.ones_like(input_coords[..., :1]), pixels)
+        output_mask = scatter(nearest_pixel(output_coords, self.side),
+                              alpha_bar.expand(-1, N_out, 1), pixels)
+        level = alpha_bar.sqrt().expand(-1, 1, pixels)
+        masks = torch.cat([input_mask, output_mask, level], dim=1)
+        return torch.cat([y_image, masks.unflatten(2, (self.side, self.side))], dim=1)
+
+    def describe(self, coords, values, t, features=None):
+        """One vector for each pixel: where it is, its value, the time, and what the U-Net saw."""
+        time = self.embed_time(t)[:, None, :].expand(-1, coords.shape[1], -1)
+        vectors = [self.fourier(coords), values, time]
+        if features is not None:
+            vectors.append(features)
+        return torch.cat(vectors, dim=2)
+
+
+# ------------------------------------------------------------------------------ loss and sampling
+def nf_loss(model, schedule, split, pure_noise, rows=slice(None)):
+    """DDPM, algorithm 1, for x_0 instead of eps: mean (x_0_hat - x_0)^2 for one draw of t and eps.
+
+    split: of data.sparse_split. pure_noise: t = T - 1 for all, where x_t says nothing: this trains
+    the one-step mean. Otherwise t is uniform in 0..T-1, as a sampler needs it: only 1 of 1,000 of
+    these draws would be at T - 1, so a batch is best trained half on each.
+    rows: which images of the batch to use. t and eps are drawn for all of them, so that processes
+    that share a batch see the same numbers as one.
+    """
+    x_0, T = split["output_values"], schedule.num_timesteps
+    t = torch.randint(T - 1 if pure_noise else 0, T, (len(x_0),), device=x_0.device)
+    x_t = None
+    if not pure_noise:
+        x_t = schedule.q_sample(x_0, t, noise=torch.randn_like(x_0))[rows]
+    x_0_hat = model(x_t, split["output_coords"][rows], t[rows], split["input_coords"][rows],
+                    split["input_values"][rows])
+    return F.mse_loss(x_0_hat, x_0[rows])
+
+
+@torch.no_grad()
+def one_step_mean(model, schedule, output_coords, input_coords, input_values):
+    """The estimate of E[x_0 | x_in]: the prediction at t = T - 1 from pure noise, (B, N_out, C).
+
+    It is the mean of two, for the pixels as they are and for their mirror image: + 0.04 dB.
+    """
+    t = torch.full((len(input_values),), schedule.num_timesteps - 1, device=input_values.device)
+    x_0_hat = model(None, output_coords, t, input_coords, input_values)
+    mirrored = model(None, mirror(output_coords), t, mirror(input_coords), input_values)
+    return (x_0_hat + mirrored) / 2
+
+
+def ddim_sample(model, schedule, output_coords, input_coords, input_values, num_steps=50, eta=0.0,
+                generator=None, on_step=None):
+    """Draw output values: schedule.ddim, from a Gaussian random field at output_coords.
+
+    output_coords (B, N_out, 2), input_coords (B, N_in, 2), input_values (B, N_in, C) in [-1, 1].
+    Returns (B, N_out, C), not clamped. Other arguments and errors are those of schedule.ddim.
+    """
+    from schedule import ddim_sample as ddim
+    x_T = standard_normal(output_coords, input_values, generator)
+    denoise = lambda x_t, t: model(x_t, output_coords, t, input_coords, input_values)
+    return ddim(denoise, schedule, x_T, num_steps, eta, generator, on_step)
+
+
+# ================================================= below: sizes, covariances, points and pixels
+SIZES = {  # --size; "full" has the Perceiver IO of the original design
+    "small": dict(widths=(48, 96, 128), num_latents=None, latent_dim=64, num_fourier_feats=16,
+                  num_blocks=1, num_heads=4, dropout=0.0),
+    "medium": dict(widths=(64, 128, 192), num_latents=None, latent_dim=96, num_fourier_feats=16,
+                   num_blocks=2, num_heads=6, dropout=0.0),
+    "full": dict(widths=(96, 192, 384), num_latents=512, latent_dim=512, num_fourier_feats=256,
+                 num_blocks=6, num_heads=8, dropout=0.1),
+}
+
+
+def ddpm_sample(model, schedule, output_coords, input_coords, input_values, generator=None,
+                on_step=None):
+    """The same with schedule.ddpm: all T timesteps."""
+    from schedule import ddpm
+    x_T = standard_normal(output_coords, input_values, generator)
+    denoise = lambda x_t, t: model(x_t, output_coords, t, input_coords, input_values)
+    return ddpm(denoise, schedule, x_T, generator, on_step)
+
+
+def pixel_covariance(images):
+    """Second moments of the pixels of images uint8 (N, C, side, side), channels pooled.
+
+    Values in [-1, 1], averaged with the mirror images, scaled to a mean variance of 1.
+    Returns float32 (side * side, side * side) on the images' device.
+    """
+    side = images.shape[-1]
+    total = 0
+    for part in images.split(1000):
+        x = part.flatten(0, 1).flatten(1).float() / 127.5 - 1              # (1000 C, side * side)
+        total = total + x.T @ x
+    mirrored = torch.arange(side * side, device=images.device).view(side, side).flip(1).flatten()
+    total = total + total[mirrored][:, mirrored]
+    return total / total.diagonal().mean()
+
+
+def exponential_covariance(side, length=16 / 31):
+    """The textbook alternative exp(-distance / length): (side * side, side * side), diagonal 1."""
+    line = torch.linspace(0, 1, side)
+    coords = torch.cartesian_prod(line, line)
+    return torch.exp(-(coords[:, None] - coords).norm(dim=-1) / length)
+
+
+def nearest_pixel(coords, side):
+    """The index row * side + column of the nearest pixel; coords (B, N, 2) in [0, 1]: (B, N)."""
+    column, row = (coords * (side - 1)).round().long().unbind(-1)
+    return row * side + column
+
+
+def corners(coords, side):
+    """The pixels around places (B, N, 2) in [0, 1], and their weights in bilinear interpolation.
+
+    Returns indices int64 and weights float, both (B, N, 4), or (B, N, 1) if every place is a pixel.
+    """
+    on_grid = nearest_pixel(coords, side)
+    place = coords * (side - 1)
+    if (place - place.round()).abs().max() < 1e-3:
+        return on_grid[..., None], torch.ones_like(coords[..., :1])
+    low = place.floor().clamp(max=side - 2)
+    right, down = (place - low).unbind(-1)                                 # (B, N), 0 to 1
+    column, row = low.long().unbind(-1)
+    first = row * side + column
+    indices = torch.stack([first, first + 1, first + side, first + side + 1], dim=-1)
+    weights = torch.stack([(1 - right) * (1 - down), right * (1 - down), (1 - right) * down,
+                           right * down], dim=-1)
+    return indices, weights
+
+
+def splat(places, values, pixels):
+    """The transpose of bilinear reading: values (B, N, C) added to an image (B, C, pixels)."""
+    indices, weights = places
+    shares = weights[..., None] * values[:, :, None]                       # (B, N, 4, C)
+    image = values.new_zeros(len(values), pixels, values.shape[2])
+    indices = indices.flatten(1)[..., None].expand(-1, -1, values.shape[2])
+    return image.scatter_add(1, indices, shares.flatten(1, 2)).mT
 
 
 def scatter(indices, values, pixels):
@@ -394,14 +608,40 @@ def scatter(indices, values, pixels):
 
     Of values with the same index, any one is kept.
     """
-    image = values.new_zeros(len(values), values.shape[2], pixels)
-    return image.scatter(2, indices[:, None].expand(-1, values.shape[2], -1), values.mT)
+    channels = values.shape[2]
+    image = values.new_zeros(len(values), channels, pixels)
+    return image.scatter(2, indices[:, None].expand(-1, channels, -1), values.mT)
 
 
 def read_at(image, coords):
     """Bilinear interpolation of image (B, C, H, W) at coords (B, N, 2) in [0, 1]: (B, N, C)."""
-    grid = 2 * coords[:, :, None] - 1                                        # (B, N, 1, 2)
+    grid = 2 * coords[:, :, None] - 1                                      # (B, N, 1, 2)
     return F.grid_sample(image.float(), grid, align_corners=True)[..., 0].mT
+
+
+def mirror(coords):
+    """Coordinates (B, N, 2) of the image that is flipped from left to right."""
+    return torch.stack([1 - coords[..., 0], coords[..., 1]], dim=-1)
+
+
+def standard_normal(coords, values, generator):
+    """N(0, 1) for each of coords (B, N, 2) and each channel of values (B, M, C): (B, N, C)."""
+    device = generator.device if generator else values.device
+    shape = *coords.shape[:2], values.shape[2]
+    return torch.randn(shape, generator=generator, device=device).to(values)
+
+
+def check_shapes(x_t, output_coords, t, input_coords, input_values, channels):
+    """Raises ValueError unless the arguments of NFDenoiser.forward fit together."""
+    B, N_out, _ = output_coords.shape
+    N_in = input_coords.shape[1]
+    if x_t is None:
+        x_t = output_coords.new_empty(B, N_out, channels)
+    shapes = [tuple(x.shape) for x in (x_t, output_coords, t, input_coords, input_values)]
+    needed = [(B, N_out, channels), (B, N_out, 2), (B,), (B, N_in, 2), (B, N_in, channels)]
+    if N_in < 1 or shapes != needed:
+        raise ValueError(f"x_t, output_coords, t, input_coords, input_values need the shapes "
+                         f"{needed} and at least one input pixel, got {shapes}")
 
 
 def main():

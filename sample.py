@@ -34,9 +34,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 from autoencoder import DenoisingAutoencoder, report_autoencoder
-from data import (fixed_order, heat, image_grid, load_dataset, open_picture, run, sparse_split,
-                  square_picture)
-from nf_denoiser import GaussianField, NFDenoiser, exponential_covariance, scatter
+from data import (fixed_order, heat, image_grid, load_dataset, off_grid_split, open_picture, run,
+                  sparse_split, square_picture)
+from nf_denoiser import (GaussianField, NFDenoiser, exponential_covariance, one_step_mean,
+                         scatter)
 from noise import psnr, ssim
 from schedule import DiffusionSchedule, ddim_sample, ddpm_sample
 
@@ -45,19 +46,6 @@ KEYS = ("kind", "config", "settings", "schedule", "data", "step")  # of every ch
 
 
 # --------------------------------------------------------------- one-step mean, classical methods
-@torch.no_grad()
-def one_step_mean(model, schedule, output_coords, input_coords, input_values):
-    """The estimate of E[x_0 | x_in]: the prediction at t = T - 1 from pure noise, (B, N_out, C).
-
-    It is the mean of two, for the pixels as they are and for their mirror image: + 0.04 dB.
-    """
-    t = torch.full((len(input_values),), schedule.num_timesteps - 1, device=input_values.device)
-    mirror = lambda coords: torch.stack([1 - coords[..., 0], coords[..., 1]], dim=-1)
-    x_0 = model(None, output_coords, t, input_coords, input_values)
-    mirrored = model(None, mirror(output_coords), t, mirror(input_coords), input_values)
-    return (x_0 + mirrored) / 2
-
-
 def nearest(split):
     """The value of the nearest input pixel, for a sparse_split's outputs: (B, N, C)."""
     index = torch.cdist(split["output_coords"], split["input_coords"]).argmin(2, keepdim=True)
@@ -75,21 +63,27 @@ def kriging(split):
     """Mean of a Gaussian field with exponential covariance, given the inputs: (B, N, C)."""
     covariance = exponential_covariance(split["full_image"].shape[-1])
     field = GaussianField(covariance.to(split["full_image"].device))
-    image, _ = field(split["input_indices"], split["input_values"])
-    return image.mT.take_along_dim(split["output_indices"][..., None], dim=1)
+    mean = split["input_values"].mean(dim=1, keepdim=True)
+    _, y_out, _ = field(split["input_coords"], split["input_values"] - mean, split["output_coords"])
+    return mean + y_out
 
 
 # ------------------------------------------------------------------------------------ evaluation
-def split_images(images, indices, seed=0, input_ratio=0.2, full=False):
+def split_images(images, indices, seed=0, input_ratio=0.2, full=False, pixels="grid"):
     """A sparse_split of images (B, C, H, W) whose outputs are all missing pixels.
 
     It also has "n_out": the first n_out outputs are sampled and measured, a fifth of the image, or
     all if full. The mask is a function of seed and an image's index, indices (B,).
     """
-    order = fixed_order(seed, indices, images[0, 0].numel()).to(images.device)
-    split = sparse_split(images, input_ratio, None, order=order)
+    total = images[0, 0].numel()
+    if pixels == "anywhere":
+        order = fixed_order(seed, indices, total + 2 * int(total * input_ratio)).to(images.device)
+        split = off_grid_split(images, input_ratio, None, order=order)
+    else:
+        order = fixed_order(seed, indices, total).to(images.device)
+        split = sparse_split(images, input_ratio, None, order=order)
     missing = split["output_indices"].shape[1]
-    split["n_out"] = missing if full else min(missing, order.shape[1] // 5)
+    split["n_out"] = missing if full else min(missing, total // 5)
     return split
 
 
@@ -101,11 +95,11 @@ def where(split):
 def assemble(split, values=None):
     """Images (B, C, H, W) in [-1, 1]: the input pixels of a split, and values (B, N, C) at its
     first N outputs; grey elsewhere."""
-    indices, given = split["input_indices"], split["input_values"]
+    image = scatter(split["input_indices"], split["input_values"], split["full_image"][0, 0].numel())
     if values is not None:
-        indices = torch.cat([indices, split["output_indices"][:, :values.shape[1]]], dim=1)
-        given = torch.cat([given, values.clamp(-1, 1)], dim=1)
-    return scatter(indices, given, split["full_image"][0, 0].numel()).view_as(split["full_image"])
+        indices = split["output_indices"][:, None, :values.shape[1]].expand(-1, image.shape[1], -1)
+        image = image.scatter(2, indices, values.clamp(-1, 1).mT)
+    return image.view_as(split["full_image"])
 
 
 @torch.no_grad()
@@ -230,7 +224,7 @@ def report_field(model, schedule, images, folder, name, sampler, args):
 
     images: uint8 (N, C, H, W). sampler: see reconstruct. args: the flags of this script.
     """
-    options = dict(seed=args.seed, input_ratio=args.input_ratio, full=args.full)
+    options = dict(seed=args.seed, input_ratio=args.input_ratio, full=args.full, pixels=args.pixels)
     results, frames = evaluate_field(model, schedule, images, sampler, **options), []
     split = split_images(images[:6], torch.arange(len(images[:6])), **options)
     record = partial(sampler, on_step=lambda *step: frames.append(step))
@@ -392,11 +386,6 @@ def load_checkpoint(path, device="cpu"):
             weights = {name: value.float() for name, value in checkpoint["model"].items()}
             if kind not in ("nf", "dae", "ae"):
                 raise ValueError("it holds another kind of model")
-            covariance = weights.get("field.covariance")
-            if covariance is not None and covariance.dim() == 1:  # an upper triangle, see export
-                square = covariance.new_zeros(2 * [config["side"] ** 2])
-                square[*torch.triu_indices(*square.shape)] = covariance
-                weights["field.covariance"] = square + square.triu(1).T
             model = (NFDenoiser(weights["alphas_cumprod"], **config) if kind == "nf"
                      else DenoisingAutoencoder(**config))
             model.load_state_dict(weights)
@@ -425,9 +414,6 @@ def export(model, checkpoint, path):
     """Write the model alone: weights in half precision, one half of the symmetric covariance."""
     weights = checkpoint["model"] | {name: p.detach().half().cpu()
                                      for name, p in model.named_parameters()}
-    covariance = weights.get("field.covariance")
-    if covariance is not None and covariance.dim() == 2:
-        weights["field.covariance"] = covariance[*torch.triu_indices(*covariance.shape)]
     save_checkpoint(path, {key: checkpoint[key] for key in KEYS} | dict(model=weights))
     print(f"exported: {path}")
 
@@ -477,6 +463,7 @@ def parse_arguments(argv):
         help="measure on the first N test images (1,000 if N is left out)")
     add("--export", type=Path, metavar="FILE", help="write the weights alone, in half precision")
     add("--json", type=Path, metavar="FILE", help="write the figures of the table to FILE")
+    add("--pixels", choices=["grid", "anywhere"], help="default: what the model was trained on")
     add("--data", help="default: what the model was trained on")
     add("--data-dir", type=Path, default=Path("data"), help="folder of the data sets")
     add("--out", type=Path, default=Path("out"), help="folder for everything that is written")
@@ -536,6 +523,7 @@ def main(argv=None):
             raise ValueError(f"{path} takes images of {channels} x {side} x {side}, and those of "
                              f"{name} are {tuple(images.shape[1:])}")
         if kind == "nf":
+            args.pixels = args.pixels or checkpoint["settings"].get("pixels", "grid")
             images = images[:args.evaluate].to(device)
             results = report_field(model, schedule, images, folder, name, sampler, args)
         else:

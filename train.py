@@ -39,29 +39,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sample
 from autoencoder import DenoisingAutoencoder, autoencoder_loss, corrupted, training_loop
-from data import fixed_order, load_dataset, run, sparse_split
-from nf_denoiser import PARTS, SIZES, NFDenoiser, pixel_covariance
+from data import fixed_order, load_dataset, off_grid_split, run, sparse_split
+from nf_denoiser import PARTS, SIZES, NFDenoiser, nf_loss, pixel_covariance
 from noise import NOISES
 from sample import between, evaluate_field, load_checkpoint, pick_device, save_checkpoint
 from schedule import DiffusionSchedule, line_chart
-
-# ------------------------------------------------------------------------------- the neural field
-def field_loss(model, images, schedule, pure_noise, order=None, shard=slice(None)):
-    """DDPM, algorithm 1, for x_0 instead of eps: the loss of one draw of pixels, t and noise.
-
-    images: uint8 (B, C, H, W). pure_noise: the loss of the one-step mean, t = T - 1, for every
-    missing pixel; otherwise t is uniform and a fifth of the pixels are outputs. order: (B, H * W)
-    for fixed masks. shard: the rows of this process.
-    """
-    split = sparse_split(images, output_ratio=None if pure_noise else 0.2, order=order)
-    x_0, T = split["output_values"], schedule.num_timesteps
-    t = torch.randint(T - 1 if pure_noise else 0, T, (len(x_0),), device=x_0.device)
-    x_t = schedule.q_sample(x_0, t, noise=torch.randn_like(x_0))
-    with mixed_precision(images.device):
-        x_0_hat = model(None if pure_noise else x_t[shard], split["output_coords"][shard], t[shard],
-                        split["input_coords"][shard], split["input_values"][shard])
-    return F.mse_loss(x_0_hat, x_0[shard])
-
 
 def mixed_precision(device):
     """bfloat16 autocast where a GPU has it in hardware."""
@@ -128,6 +110,10 @@ def parse_arguments():
     add("--model", choices=["nf", "dae", "ae"], default="nf")
     add("--size", choices=list(SIZES), default="small", help="nf only; default %(default)s")
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="nf only")
+    add("--num-latents", type=count, help="nf only: so many latents without a place, as in the "
+        "paper, instead of one at each input pixel")
+    add("--pixels", choices=["grid", "anywhere"], default="grid",
+        help="nf only: where the input lies, on the pixel grid or at any coordinates")
     add("--masks", choices=["fresh", "fixed"], default="fresh", help="nf only; fixed: per image")
     add("--beta-schedule", choices=["cosine", "linear"], default="cosine", help="nf only")
     add("--noise", choices=[*NOISES, "mixed"], default="gaussian", help="dae only")
@@ -147,7 +133,7 @@ def parse_arguments():
     add("--bench", action="store_true", help="measure the speed of training instead")
     args = parser.parse_args()
     args.parts = [part for part in PARTS if part in args.parts]
-    only = dict(size="nf", parts="nf", masks="nf", beta_schedule="nf", noise="dae")
+    only = dict(size="nf", parts="nf", masks="nf", pixels="nf", num_latents="nf", beta_schedule="nf", noise="dae")
     for flag, model in only.items():
         if args.model != model and getattr(args, flag) != parser.get_default(flag):
             parser.error(f"--{flag.replace('_', '-')} is for --model {model}")
@@ -180,6 +166,8 @@ def build(args, images):
     if args.model == "nf":
         schedule = DiffusionSchedule(beta_schedule=args.beta_schedule)
         config = dict(SIZES[args.size], parts=args.parts, channels=channels, side=side)
+        if args.num_latents:
+            config["num_latents"] = args.num_latents
         model = NFDenoiser(schedule.alphas_cumprod, covariance=pixel_covariance(images), **config)
     else:
         if (channels, side) != (1, 28):
@@ -260,6 +248,7 @@ def draw_losses(folder, losses, tests, metric, title):
 
 def main():
     args = parse_arguments()
+    torch.set_flush_denormal(True)  # far pixels get attention weights below 1e-38: slow on CPUs
     # torchrun starts `world` processes; this one is `rank`, and `local_rank` on its machine
     rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in
                                (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -298,6 +287,7 @@ def main():
             lambda p: torch.distributed.all_reduce(p.grad.div_(world)))
     schedule = DiffusionSchedule(beta_schedule=args.beta_schedule).to(args.device)
     shard = slice(rank, None, world)
+    ratio = None if "unet" in args.parts else 0.2
 
     def batch_loss(index):
         """The loss of this process's share of the images `index` (batch_size,)."""
@@ -305,17 +295,22 @@ def main():
             return autoencoder_loss(model, images[index].flatten(1) / 255, args.noise, shard)
         losses = []  # half of the batch trains the one-step mean, half the steps of a sampler
         for half, pure_noise in zip(index.chunk(2), (True, False)):
-            order = None
+            order, pixels = None, images[0, 0].numel()
+            if args.pixels == "anywhere":
+                pixels += 2 * int(pixels * 0.2)
             if args.masks == "fixed":
-                order = fixed_order(args.seed, half, images[0, 0].numel())
-            losses.append(field_loss(model, images[half], schedule, pure_noise, order, shard))
+                order = fixed_order(args.seed, half, pixels)
+            make_split = off_grid_split if args.pixels == "anywhere" else sparse_split
+            split = make_split(images[half], output_ratio=ratio if pure_noise else 0.2, order=order)
+            with mixed_precision(args.device):
+                losses.append(nf_loss(model, schedule, split, pure_noise, shard))
         return sum(losses) / 2
 
     @torch.no_grad()
     def measure():
         """The model's figure on a few test images, and kriging's."""
         if args.model == "nf":
-            figures = evaluate_field(model.eval(), schedule, test_images[:100])
+            figures = evaluate_field(model.eval(), schedule, test_images[:100], pixels=args.pixels)
             model.train()
             return [figures[name]["psnr"] for name in ("one-step mean", "kriging")]
         test = test_images[:1000].flatten(1).float() / 255
