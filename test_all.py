@@ -239,55 +239,192 @@ def test_every_ddim_step_keeps_the_marginal_and_eta_1_is_ddpm():
 # ----------------------------------------------------------------------------------------- noise
 
 SIMPLE = (noise.add_gaussian_noise, noise.add_salt_pepper_noise, noise.add_masking_noise)
+GREY = torch.full((100, 3, 40, 40), 0.5)
 
 
-def test_noise_statistics():
-    g, grey = seeded(), torch.full((100, 3, 40, 40), 0.5)
-    share = lambda y: [(y == value).double().mean() for value in (0, 0.5, 1)]
-    gaussian = noise.add_gaussian_noise(grey, 0.1, g) - grey
-    close(gaussian.mean(), 0, 0.001)
-    close(gaussian.std(), 0.1, 0.001)
-    half = math.erfc(0.25 / math.sqrt(2)) / 2  # how often a normal exceeds 0.25: clamped to 1
-    close(share(noise.add_gaussian_noise(grey, 2.0, g)), [half, 0, half], 0.004)
-    close(share(noise.add_salt_pepper_noise(grey, 0.2, g)), [0.1, 0.8, 0.1], 0.004)
-    close(share(noise.add_masking_noise(grey, 0.3, g)), [0.3, 0.7, 0], 0.004)
-    each = torch.tensor([0.0, 0.2, 1.0]).view(3, 1, 1, 1)  # a strength for each image
-    for add, right in zip(SIMPLE, ([0, 0.2, 0.42], [0, 0.224, 0.5], [0, 0.2, 0])):
-        close(add(grey[:3], each, g).std((1, 2, 3)), right, 0.015)
-    for add, (_, strength) in zip(SIMPLE, noise.NOISES.values()):
-        assert torch.equal(add(grey, generator=seeded()), add(grey, strength, seeded()))
-        y, single = add(grey, 0.4, seeded()), add(grey[0], 0.4, seeded())
-        same = torch.equal(y, y[:, :1].expand_as(y))  # a pixel's channels are spoilt together
-        assert same == (add != SIMPLE[0]) and not torch.equal(y[0], y[1])
-        for dim in range(3):  # in any other shape every value is spoilt on its own
+def shares(images):
+    """How often the values 0, 0.5 and 1 occur."""
+    return [(images == value).double().mean() for value in (0, 0.5, 1)]
+
+
+def test_gaussian_noise_has_the_standard_deviation_asked_for_and_is_clamped():
+    added = noise.add_gaussian_noise(GREY, 0.1, seeded()) - GREY
+    close(added.mean(), 0, 0.001)
+    close(added.std(), 0.1, 0.001)
+    clamped = math.erfc(0.25 / math.sqrt(2)) / 2  # how often a normal exceeds 0.25
+    strong = noise.add_gaussian_noise(GREY, 2.0, seeded())
+    close(shares(strong), [clamped, 0, clamped], 0.004)
+
+
+def test_salt_and_pepper_and_masking_hit_the_share_of_pixels_asked_for():
+    salted = noise.add_salt_pepper_noise(GREY, 0.2, seeded())
+    close(shares(salted), [0.1, 0.8, 0.1], 0.004)
+    masked = noise.add_masking_noise(GREY, 0.3, seeded())
+    close(shares(masked), [0.3, 0.7, 0], 0.004)
+    for add in (noise.add_salt_pepper_noise, noise.add_masking_noise):
+        assert 0.5 not in add(GREY, 1, seeded())
+
+
+def test_a_tensor_gives_each_image_a_strength():
+    strength = torch.tensor([0.0, 0.2, 1.0]).view(3, 1, 1, 1)
+    stds = [0, 0.2, 0.42], [0, 0.224, 0.5], [0, 0.2, 0]
+    for add, expected in zip(SIMPLE, stds):
+        noisy = add(GREY[:3], strength, seeded())
+        close(noisy.std((1, 2, 3)), expected, 0.015)
+
+
+def test_the_simple_noises_written_out_with_their_defaults():
+    """Figures rest on these streams: a normal for each value, or a uniform for each pixel."""
+    images = torch.rand(4, 3, 8, 8, generator=seeded(1))
+    eps = torch.randn(4, 3, 8, 8, generator=seeded())
+    u = torch.rand(4, 1, 8, 8, generator=seeded()).expand(4, 3, 8, 8)
+    gaussian = (images + 0.3 * eps).clamp(0, 1)
+    salt_pepper = images.clone()
+    salt_pepper[u < 0.2] = 1
+    salt_pepper[u < 0.1] = 0
+    masking = images * (u >= 0.3)
+    for add, expected in zip(SIMPLE, (gaussian, salt_pepper, masking)):
+        assert torch.equal(add(images, generator=seeded()), expected)
+        torch.manual_seed(0)  # the global generator, if none is given
+        assert torch.equal(add(images), expected)
+
+
+def test_only_in_a_batch_of_images_are_channels_hit_together():
+    for add in SIMPLE:
+        batch = add(GREY[:8], 0.4, seeded())
+        together = torch.equal(batch, batch[:, :1].expand_as(batch))
+        assert together == (add != noise.add_gaussian_noise)
+        assert batch.unique(dim=0).shape == (8, 3, 40, 40)  # each image has noise of its own
+        single = add(GREY[0], 0.4, seeded())
+        for dim in range(3):  # without a batch dimension every value is hit on its own
             assert single.unique(dim=dim).shape == (3, 40, 40)
 
 
 def test_mixed_noise_gives_each_image_a_kind_and_a_strength():
-    y = noise.add_mixed_noise(torch.full((1500, 1, 32, 32), 0.5), seeded()).flatten(1)
-    hit, salt = (y != 0.5).float().mean(1), (y == 1).float().mean(1)
-    spread = (y - 0.5).abs().median(1).values / 0.67449  # of a normal; the clamp does not reach it
-    gaussian, level = hit > 0.9, torch.tensor([0.03, 0.25, 0.5, 0.75, 0.97])
-    for chosen, strength, low, high in ((gaussian, spread, 0.1, 0.5),
-                                        (~gaussian & (salt > 0), hit, 0.05, 0.4),
-                                        (~gaussian & (salt == 0), hit, 0.1, 0.6)):
-        close(chosen.double().mean(), 1 / 3, 0.04)  # and the quantiles of a uniform distribution:
-        close(strength[chosen].quantile(level), low + (high - low) * level, 0.035)
+    grey = torch.full((1500, 1, 32, 32), 0.5)
+    noisy = noise.add_mixed_noise(grey, seeded()).flatten(1)
+    changed = (noisy != 0.5).float().mean(1)
+    white = (noisy == 1).float().mean(1)
+    deviation = (noisy - 0.5).abs().median(1).values
+    gaussian = changed > 0.9
+    salt_pepper = ~gaussian & (white > 0)
+    masking = ~gaussian & (white == 0)
+    level = torch.tensor([0.03, 0.25, 0.5, 0.75, 0.97])
+    for chosen, strength, low, high in (
+            (gaussian, deviation / 0.67449, 0.1, 0.5),  # the median of |N(0, 1)|
+            (salt_pepper, changed, 0.05, 0.4),
+            (masking, changed, 0.1, 0.6)):
+        close(chosen.float().mean(), 1 / 3, 0.04)
+        uniform = low + (high - low) * level
+        close(strength[chosen].quantile(level), uniform, 0.035)
 
 
-def test_noise_leaves_its_input_alone_obeys_its_seed_and_refuses_nonsense():
-    for x in (torch.rand(16, 1, 28, 28), torch.rand(4, 50).double()):
+def test_mixed_noise_written_out():
+    images = torch.rand(30, 3, 8, 8, generator=seeded(1))
+    g = seeded()
+    u = torch.rand(30, 1, 1, 1, generator=g)
+    kinds = torch.randint(3, (30, 1, 1, 1), generator=g)
+    candidates = [
+        noise.add_gaussian_noise(images, 0.1 + 0.4 * u, g),
+        noise.add_salt_pepper_noise(images, 0.05 + 0.35 * u, g),
+        noise.add_masking_noise(images, 0.1 + 0.5 * u, g)]
+    mixed = noise.add_mixed_noise(images, seeded())
+    for i, kind in enumerate(kinds):
+        assert torch.equal(mixed[i], candidates[kind][i])
+
+
+def test_noise_keeps_shape_and_dtype_and_leaves_its_input_alone():
+    for x in (torch.rand(16, 1, 28, 28), torch.rand(4, 50).double(), torch.rand(9, 5, 5)):
         before = x.clone()
         for add in (*SIMPLE, noise.add_mixed_noise):
-            a, b, c = (add(x, generator=seeded(seed)) for seed in (1, 1, 2))
-            assert torch.equal(x, before) and torch.equal(a, b) and not torch.equal(a, c)
-            assert a.shape == x.shape and a.dtype == x.dtype and a.min() >= 0 and a.max() <= 1
-            raises(ValueError, lambda: add((x * 255).byte()), "uint8")
-    for add, high in zip(SIMPLE, (math.inf, 1.5, 1.01)):
-        assert torch.equal(add(x, 0.0), x)
-        for wrong in (-0.1, math.nan, high, torch.tensor(-0.1)):
+            noisy = add(x, generator=seeded(1))
+            assert x.equal(before)
+            assert noisy.shape == x.shape
+            assert noisy.dtype == x.dtype
+            assert 0 <= noisy.min() and noisy.max() <= 1
+            assert noisy.equal(add(x, generator=seeded(1)))
+            assert not noisy.equal(add(x, generator=seeded(2)))
+    for add in SIMPLE:
+        assert add(x, 0.0).equal(x)
+        assert add(x, 0.0) is not x
+
+
+def test_noise_refuses_nonsense():
+    x = torch.rand(2, 50)
+    integers = (x * 255).byte()
+    for add, highest in zip(SIMPLE, (1e6, 1, 1)):
+        add(x, highest)
+        one_of_two = torch.tensor([[0.1], [1.01 * highest]])
+        for wrong in (-0.1, math.nan, 1.01 * highest, one_of_two):
             raises(ValueError, lambda: add(x, wrong), "must be 0 to")
+        raises(ValueError, lambda: add(integers), "uint8")
+    raises(ValueError, lambda: noise.add_mixed_noise(integers), "uint8")
     raises(ValueError, lambda: noise.add_mixed_noise(x[0]), "batch")
+
+
+def test_the_documents_noise_loop():
+    """Its trainer picks a function and a strength by name, and calls noise_fn(images, param)."""
+    clean_images = torch.rand(5, 784)
+    for noise_type in ("gaussian", "salt_pepper", "masking"):
+        noise_fn, noise_param = noise.NOISES[noise_type]
+        noisy_images = noise_fn(clean_images, noise_param)
+        assert noisy_images.shape == (5, 784)
+        by_name = getattr(noise, f"add_{noise_type}_noise")
+        assert by_name(clean_images, generator=seeded()).equal(
+            noise_fn(clean_images, noise_param, seeded()))
+
+
+def test_psnr_is_in_decibels():
+    close(noise.psnr(0.01), 20, 1e-9)
+    close(noise.psnr(1.0), 0, 1e-9)
+    close(noise.psnr(4.0), -6.0206, 1e-4)
+    assert noise.psnr(0) == noise.psnr(1e-12) == 100
+
+
+def test_ssim_of_images_of_one_colour():
+    dark = torch.full((1, 1, 16, 16), 0.3)
+    light = torch.full((1, 1, 16, 16), 0.7)
+    close(noise.ssim(dark, dark), [1.0], 1e-9)
+    luminance = (2 * 0.3 * 0.7 + 1e-4) / (0.3**2 + 0.7**2 + 1e-4)
+    close(noise.ssim(dark, light), [luminance], 1e-6)
+
+
+def ssim_of_one_window(p, q):
+    """Wang et al. (2004), eq. 13, for two numpy arrays (11, 11)."""
+    distance = np.arange(11) - 5.0
+    gaussian = np.exp(-(distance**2) / (2 * 1.5**2))
+    weights = np.outer(gaussian, gaussian)
+    weights /= weights.sum()
+    mean_p = (weights * p).sum()
+    mean_q = (weights * q).sum()
+    var_p = (weights * (p - mean_p) ** 2).sum()
+    var_q = (weights * (q - mean_q) ** 2).sum()
+    covariance = (weights * (p - mean_p) * (q - mean_q)).sum()
+    luminance = (2 * mean_p * mean_q + 1e-4) / (mean_p**2 + mean_q**2 + 1e-4)
+    structure = (2 * covariance + 9e-4) / (var_p + var_q + 9e-4)
+    return luminance * structure
+
+
+def test_ssim_is_the_mean_over_windows_and_channels():
+    a, b = torch.rand(2, 2, 3, 14, 13, generator=seeded())
+    p, q = a[1].double().numpy(), b[1].double().numpy()
+    scores = []
+    for channel in range(3):
+        for y in range(4):
+            for x in range(3):
+                window = channel, slice(y, y + 11), slice(x, x + 11)
+                scores.append(ssim_of_one_window(p[window], q[window]))
+    both = noise.ssim(a, b)
+    assert both.shape == (2,)
+    close(both[1], np.mean(scores), 1e-9)
+    close(noise.ssim(b[:1], a[:1]), both[:1], 1e-12)
+
+
+def test_ssim_needs_two_batches_of_one_shape_of_at_least_11_by_11():
+    noise.ssim(GREY[..., :11, :11], GREY[..., :11, :11])
+    for small in (GREY[..., :10, :], GREY[..., :10]):
+        raises(ValueError, lambda: noise.ssim(small, small), 11)
+    raises(ValueError, lambda: noise.ssim(GREY, GREY[:1]), "one shape")
 
 
 # ------------------------------------------------------------------------------------------ data
@@ -888,6 +1025,15 @@ def test_samplers_recover_a_gaussian():
     raises(ValueError, lambda: schedule.ddim_sample(exact, sched, *where, eta=1.5), 1.5)
 
 
+def test_samples_require_no_grad():
+    model = lambda x_t, *_: x_t * torch.ones(1, requires_grad=True)
+    sched = schedule.DiffusionSchedule(5)
+    where = torch.rand(2, 5, 2), torch.rand(2, 3, 2), torch.rand(2, 3, 1)
+    ddim = schedule.ddim_sample(model, sched, *where, num_steps=2)
+    ddpm = schedule.ddpm_sample(model, sched, *where)
+    assert not ddim.requires_grad and not ddpm.requires_grad
+
+
 def test_samplers_written_out():
     """Both loops by hand: a timestep, then a step to the next lower one with noise of its own."""
     sched, asked, told = schedule.DiffusionSchedule(20), [], []
@@ -916,25 +1062,6 @@ def test_samplers_written_out():
             x_t = (sched.ddpm_step(x_t, 0.9 * x_t, t, eps) if eta == "ddpm" else
                    sched.ddim_step(x_t, 0.9 * x_t, t, t_next, eta, eps))
         assert torch.equal(got, x_t)
-
-
-def test_psnr_and_ssim():
-    close(sample.psnr(0.01), 20, 1e-9)
-    assert sample.psnr(0) == 100
-    a, b = torch.full((1, 1, 16, 16), 0.3), torch.full((1, 1, 16, 16), 0.7)
-    close(sample.ssim(a, a), [1.0], 1e-9)
-    close(sample.ssim(a, b), [(2 * 0.3 * 0.7 + 1e-4) / (0.09 + 0.49 + 1e-4)], 1e-6)
-    x, y = torch.rand(2, 2, 3, 14, 13, generator=seeded()).double()
-    w = np.exp(-((np.arange(11) - 5.0) ** 2) / 4.5)
-    w = w[:, None] * w / w.sum() ** 2
-    windows = np.lib.stride_tricks.sliding_window_view
-    p, q = (windows(z[1].numpy(), (11, 11), (1, 2)) for z in (x, y))
-    mean = lambda z: (w * z).sum((-1, -2))  # of each window
-    mp, mq = mean(p), mean(q)
-    vp, vq, cov = mean(p * p) - mp**2, mean(q * q) - mq**2, mean(p * q) - mp * mq
-    scores = (2 * mp * mq + 1e-4) * (2 * cov + 9e-4) / ((mp**2 + mq**2 + 1e-4) * (vp + vq + 9e-4))
-    close(sample.ssim(x, y)[1], scores.mean(), 1e-9)
-    raises(ValueError, lambda: sample.ssim(a[..., :10], b[..., :10]), 11)
 
 
 def test_classical_methods():
