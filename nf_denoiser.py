@@ -415,5 +415,36 @@ def main():
     print("(nothing was written; train.py trains a model)")
 
 
+@torch.no_grad()
+def ddim_sample(model, schedule, output_coords, input_coords, input_values, num_steps=50, eta=0.0,
+                generator=None, on_step=None):
+    """Denoise Gaussian noise at output_coords step by step, given the input pixels. DDIM, eq. 12.
+
+    Returns (B, N_out, C), not clamped. The options are those of schedule.ddim.
+    """
+    from schedule import ddim, normal_like
+
+    def denoise(x_t, t):
+        return model(x_t, output_coords, t, input_coords, input_values)
+
+    x_T = input_values.new_empty(*output_coords.shape[:2], input_values.shape[2])
+    x_T = normal_like(x_T, generator)
+    return ddim(denoise, schedule, x_T, num_steps, eta, generator, on_step)
+
+
+@torch.no_grad()
+def ddpm_sample(model, schedule, output_coords, input_coords, input_values, generator=None,
+                on_step=None):
+    """Ancestral sampling over all T timesteps. DDPM, algorithm 2. Otherwise like ddim_sample."""
+    from schedule import ddpm, normal_like
+
+    def denoise(x_t, t):
+        return model(x_t, output_coords, t, input_coords, input_values)
+
+    x_T = input_values.new_empty(*output_coords.shape[:2], input_values.shape[2])
+    x_T = normal_like(x_T, generator)
+    return ddpm(denoise, schedule, x_T, generator, on_step)
+
+
 if __name__ == "__main__":
     main()

@@ -36,9 +36,10 @@ from PIL import Image
 from autoencoder import DenoisingAutoencoder, report_autoencoder
 from data import (fixed_order, heat, image_grid, load_dataset, open_picture, run, sparse_split,
                   square_picture)
-from nf_denoiser import GaussianField, NFDenoiser, exponential_covariance, scatter
+from nf_denoiser import (GaussianField, NFDenoiser, ddim_sample, ddpm_sample,
+                         exponential_covariance, scatter)
 from noise import psnr, ssim
-from schedule import DiffusionSchedule, ddim_sample, ddpm_sample
+from schedule import DiffusionSchedule
 
 SHIPPED = Path(__file__).resolve().parent / "assets" / "nf_medium.pt"
 KEYS = ("kind", "config", "settings", "schedule", "data", "step")  # of every checkpoint
@@ -51,7 +52,7 @@ def one_step_mean(model, schedule, output_coords, input_coords, input_values):
 
     It is the mean of two, for the pixels as they are and for their mirror image: + 0.04 dB.
     """
-    t = torch.full((len(input_values),), schedule.num_timesteps - 1, device=input_values.device)
+    t = torch.full((len(input_values),), schedule.timesteps - 1, device=input_values.device)
     mirror = lambda coords: torch.stack([1 - coords[..., 0], coords[..., 1]], dim=-1)
     x_0 = model(None, output_coords, t, input_coords, input_values)
     mirrored = model(None, mirror(output_coords), t, mirror(input_coords), input_values)

@@ -143,97 +143,434 @@ def seeded(seed=0):
 
 # -------------------------------------------------------------------------------------- schedule
 
+DDPM_BETAS = np.linspace(0.0001, 0.02, 1000)
 
-def test_schedule_constants_and_timesteps_against_numpy():
-    f = lambda t: math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
-    cosine = [min(max(1 - f(t + 1) / f(t), 0.0001), 0.9999) for t in range(1000)]
-    for name, make, beta in (
-            ("linear", schedule.linear_beta_schedule, np.linspace(0.0001, 0.02, 1000)),
-            ("cosine", schedule.cosine_beta_schedule, np.array(cosine))):
-        s, bar = schedule.DiffusionSchedule(1000, name), np.cumprod(1 - beta)
-        prev = np.append(1, bar[:-1])
-        var = beta * (1 - prev) / (1 - bar)
-        for key, value in dict(
-                betas=beta, alphas=1 - beta, alphas_cumprod=bar, alphas_cumprod_prev=prev,
-                sqrt_alphas_cumprod=bar**0.5, sqrt_one_minus_alphas_cumprod=(1 - bar) ** 0.5,
-                sqrt_recip_alphas_cumprod=bar**-0.5, posterior_variance=var,
-                sqrt_recipm1_alphas_cumprod=(1 / bar - 1) ** 0.5).items():
-            assert np.allclose(getattr(s, key), value, 1e-8, 1e-13), key
-            assert getattr(s, key).dtype == torch.float64, key
-        assert np.allclose(s.posterior_log_variance[1:], np.log(var[1:]), 1e-8)
-        assert s.posterior_log_variance.isfinite().all() and len(make(10_000)) == 10_000
-        close(make(1000), beta, 1e-12)
+
+def cosine_betas(T, s=0.008):
+    """Improved DDPM, eq. 17, one timestep at a time."""
+    betas = []
+    for t in range(T):
+        bar = math.cos((t / T + s) / (1 + s) * math.pi / 2) ** 2
+        bar_next = math.cos(((t + 1) / T + s) / (1 + s) * math.pi / 2) ** 2
+        beta = 1 - bar_next / bar
+        betas.append(min(max(beta, 0.0001), 0.9999))
+    return np.array(betas)
+
+
+def x_t_x_0_and_noise(shape, dtype=torch.float64):
+    return torch.randn(3, *shape, generator=seeded(1), dtype=dtype)
+
+
+def test_cosine_betas_against_numpy():
+    for T in (1, 2, 37, 1000, 10_000):
+        betas = schedule.cosine_beta_schedule(T)
+        assert betas.dtype == torch.float64
+        close(betas, cosine_betas(T), 1e-12)
+    close(schedule.cosine_beta_schedule(50, s=0.1), cosine_betas(50, s=0.1), 1e-12)
+
+
+def test_linear_betas_are_scaled_with_T_and_stay_below_1():
+    assert schedule.linear_beta_schedule(1000).dtype == torch.float64
+    close(schedule.linear_beta_schedule(1000), DDPM_BETAS, 1e-15)
+    close(schedule.linear_beta_schedule(100), np.linspace(0.001, 0.2, 100), 1e-12)
+    close(schedule.linear_beta_schedule(10_000), np.linspace(1e-5, 0.002, 10_000), 1e-12)
+    close(schedule.linear_beta_schedule(1000, 0.1, 0.3), np.linspace(0.1, 0.3, 1000), 1e-12)
+    assert schedule.linear_beta_schedule(10).max() == 0.9999
+
+
+def test_schedules_refuse_nonsense():
+    for make in (schedule.cosine_beta_schedule, schedule.linear_beta_schedule):
         for wrong in (0, -3, 10_001):
             raises(ValueError, lambda: make(wrong), f"got {wrong}")
-    assert torch.equal(schedule.DiffusionSchedule(1000).betas, s.betas)  # cosine by default
-    raises(ValueError, lambda: schedule.linear_beta_schedule(10, 0.1, 1), 0.1)
+    for ends in ((0.1, 1), (0, 0.1), (math.nan, 0.1)):
+        raises(ValueError, lambda: schedule.linear_beta_schedule(10, *ends), ends[0])
     raises(ValueError, lambda: schedule.DiffusionSchedule(10, "sqrt"), "sqrt")
-    moved = [v for v in vars(s.to("meta")).values() if isinstance(v, torch.Tensor)]
-    assert s.to("meta") is s and len(moved) == 10 and all(v.is_meta for v in moved)
+
+
+def test_the_ten_constants_against_numpy():
+    for name, beta in (("linear", DDPM_BETAS), ("cosine", cosine_betas(1000))):
+        s = schedule.DiffusionSchedule(1000, name)
+        bar = np.cumprod(1 - beta)
+        prev = np.append(1, bar[:-1])
+        posterior = beta * (1 - prev) / (1 - bar)
+        for constant, expected in (
+                (s.betas, beta),
+                (s.alphas, 1 - beta),
+                (s.alphas_cumprod, bar),
+                (s.alphas_cumprod_prev, prev),
+                (s.sqrt_alphas_cumprod, np.sqrt(bar)),
+                (s.sqrt_one_minus_alphas_cumprod, np.sqrt(1 - bar)),
+                (s.sqrt_recip_alphas_cumprod, np.sqrt(1 / bar)),
+                (s.sqrt_recipm1_alphas_cumprod, np.sqrt(1 / bar - 1)),
+                (s.posterior_variance, posterior),
+                (s.posterior_log_variance, np.log(np.maximum(posterior, 1e-20)))):
+            assert constant.dtype == torch.float64
+            assert np.allclose(constant, expected, 1e-8, 1e-13)
+
+
+def test_a_thousand_cosine_timesteps_are_the_default():
+    s = schedule.DiffusionSchedule()
+    assert s.timesteps == 1000
+    close(s.betas, cosine_betas(1000), 1e-12)
+    assert schedule.DiffusionSchedule(timesteps=37, beta_schedule="linear").timesteps == 37
+
+
+def test_to_moves_every_constant_and_mps_gets_float32():
+    s = schedule.DiffusionSchedule(20)
+    moves = []
+
+    def fake_move(self, device, dtype):
+        moves.append((device, dtype))
+        return self
+
+    with patched(torch.Tensor, to=fake_move):
+        assert s.to("mps") is s
+    assert len(moves) >= 10 and set(moves) == {("mps", torch.float32)}
+    assert s.to(torch.device("meta")) is s
+    constants = [v for v in vars(s).values() if isinstance(v, torch.Tensor)]
+    assert len(constants) == len(moves)
+    for constant in constants:
+        assert constant.is_meta and constant.dtype == torch.float64
+
+
+def test_sampling_timesteps_go_evenly_from_the_last_to_0():
     s = schedule.DiffusionSchedule(37)
     for n in range(1, 38):
-        close(s.timesteps(n), np.linspace(36, 0, n), 0.5)
-        assert s.timesteps(n).dtype == torch.int64 and (s.timesteps(n).diff() < 0).all()
+        timesteps = s.sampling_timesteps(n)
+        assert timesteps.dtype == torch.int64
+        close(timesteps, np.linspace(36, 0, n), 0.5)
+        assert (timesteps.diff() < 0).all()
     for n in (0, 38, -1):
-        raises(ValueError, lambda: s.timesteps(n), 37, n)
+        raises(ValueError, lambda: s.sampling_timesteps(n), 37, n)
 
 
-def test_steps_take_one_timestep_or_one_for_each_item_and_keep_the_dtype():
-    s, t = schedule.DiffusionSchedule(100), torch.tensor([3, 50, 99])
-    for call in (lambda x, x_0, t, eps: s.q_sample(x_0, t, eps),
-                 lambda x, x_0, t, eps: s.predict_eps(x, t, x_0),
-                 lambda x, x_0, t, eps: s.ddim_step(x, x_0, t, t - 2, 0.7, eps),
-                 lambda x, x_0, t, eps: s.ddpm_step(x, x_0, t, eps)):
-        for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-11)):
-            x, x_0, eps = torch.randn(3, 3, 5, 2, generator=seeded(), dtype=dtype)
-            batch = call(x, x_0, t, eps)
-            one = [call(x[i], x_0[i], int(t[i]), eps[i]) for i in range(3)]
-            close(batch, torch.stack(one), tolerance)
-            assert batch.dtype == one[0].dtype == dtype
+def test_q_sample_and_predict_eps_are_inverse():
+    for name in ("cosine", "linear"):
+        s = schedule.DiffusionSchedule(100, name)
+        _, x_0, eps = x_t_x_0_and_noise((50,))
+        for t in (0, 1, 40, 99):
+            bar = s.alphas_cumprod[t]
+            x_t = s.q_sample(x_0, t, eps)
+            close(x_t, bar.sqrt() * x_0 + (1 - bar).sqrt() * eps, 1e-12)
+            close(s.predict_eps(x_t, t, x_0), eps, 1e-9)
+
+
+def every_step(s):
+    return (lambda x_t, x_0, t, eps: s.q_sample(x_0, t, eps),
+            lambda x_t, x_0, t, eps: s.predict_eps(x_t, t, x_0),
+            lambda x_t, x_0, t, eps: s.ddim_step(x_t, x_0, t, t - 2, 0.7, eps),
+            lambda x_t, x_0, t, eps: s.ddpm_step(x_t, x_0, t, eps))
+
+
+def test_each_item_can_have_a_timestep_int_or_float():
+    for step in every_step(schedule.DiffusionSchedule(100)):
+        for shape in ((3,), (3, 5, 2), (3, 3, 4, 4)):
+            x_t, x_0, eps = x_t_x_0_and_noise(shape)
+            t = torch.tensor([3, 50, 99])
+            together = step(x_t, x_0, t, eps)
+            assert torch.equal(together, step(x_t, x_0, t.float(), eps))
+            assert torch.equal(together, step(x_t, x_0, t + 0.9, eps))  # rounded down
+            for i in range(3):
+                alone = step(x_t[i:i + 1], x_0[i:i + 1], int(t[i]), eps[i:i + 1])
+                close(alone, together[i:i + 1], 1e-11)
+
+
+def test_steps_keep_the_dtype_and_their_arguments():
+    for step in every_step(schedule.DiffusionSchedule(100)):
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            arguments = x_t_x_0_and_noise((3, 5), dtype)
+            x_t, x_0, eps = arguments.clone()
+            for t in (7, torch.tensor([3, 50, 99])):
+                assert step(x_t, x_0, t, eps).dtype == dtype
+            assert torch.equal(arguments, torch.stack([x_t, x_0, eps]))
+
+
+def test_steps_refuse_timesteps_out_of_range():
+    s = schedule.DiffusionSchedule(100)
+    x_t, x_0, eps = x_t_x_0_and_noise((3,))
+    for step in every_step(s):
         for wrong in (-1, 100):
-            raises(IndexError, lambda: call(x, x_0, wrong, eps), 100)
-    raises(IndexError, lambda: s.ddim_step(x, x_0, 5, -2))
+            raises(IndexError, lambda: step(x_t, x_0, wrong, eps), 100)
+    raises(IndexError, lambda: s.ddim_step(x_t, x_0, 5, -2))
 
 
 def test_ddpm_posterior_against_brute_force_bayes():
-    """q(x_{t-1} | x_t, x_0): q(x_t | x_{t-1}) q(x_{t-1} | x_0), integrated on a fine grid."""
-    s, betas = schedule.DiffusionSchedule(50), schedule.cosine_beta_schedule(50).numpy()
-    bars, grid, one = np.cumprod(1 - betas), np.linspace(-8, 8, 200_001), torch.ones(1).double()
+    """q(x_{t-1} | x_t, x_0) is q(x_t | x_{t-1}) q(x_{t-1} | x_0), integrated on a fine grid."""
+    s = schedule.DiffusionSchedule(50)
+    beta = cosine_betas(50)
+    bar = np.cumprod(1 - beta)
+    grid = np.linspace(-8, 8, 200_001)  # of x_{t-1}
+    one = torch.ones(1).double()
     for t, x_0, x_t in ((1, 0.5, 0.2), (10, -0.8, 1.1), (30, 0.3, -1.7), (48, 0.9, 0.4)):
-        p = np.exp(-((x_t - math.sqrt(1 - betas[t]) * grid) ** 2) / (2 * betas[t])
-                   - (grid - math.sqrt(bars[t - 1]) * x_0) ** 2 / (2 * (1 - bars[t - 1])))
-        mean = (p * grid).sum() / p.sum()
-        std = math.sqrt((p * (grid - mean) ** 2).sum() / p.sum())
+        forward = (x_t - math.sqrt(1 - beta[t]) * grid) ** 2 / beta[t]
+        prior = (grid - math.sqrt(bar[t - 1]) * x_0) ** 2 / (1 - bar[t - 1])
+        weights = np.exp(-(forward + prior) / 2)
+        weights /= weights.sum()
+        mean = (weights * grid).sum()
+        std = math.sqrt((weights * (grid - mean) ** 2).sum())
         for eps in (0, 1):
-            close(s.ddpm_step(x_t * one, x_0 * one, t, eps * one), mean + eps * std, 1e-6)
+            drawn = s.ddpm_step(x_t * one, x_0 * one, t, eps * one)
+            close(drawn, mean + eps * std, 1e-6)
     close(s.ddpm_step(x_t * one, 0.9 * one, 0), 0.9, 1e-9)  # the last step has no noise
 
 
-def test_every_ddim_step_keeps_the_marginal_and_eta_1_is_ddpm():
+def test_ddim_with_eta_1_is_ddpm():
     for name in ("cosine", "linear"):
         s = schedule.DiffusionSchedule(100, name)
-        x_t, x_0, eps = torch.randn(3, 50, generator=seeded(1), dtype=torch.float64)
+        x_t, x_0, eps = x_t_x_0_and_noise((50,))
         for t in (0, 1, 2, 40, 98, 99):
-            close(s.ddim_step(x_t, x_0, t, t - 1, 1.0, eps), s.ddpm_step(x_t, x_0, t, eps), 1e-9)
-            noisy, still = (s.ddim_step(x_t, x_0, t, t - 1, 0.5, k * eps) for k in (1, 0))
-            close(noisy - still, 0.5 * s.posterior_variance[t].sqrt() * eps, 1e-9)
-            jump, still = (s.ddim_step(x_t, x_0, t, t // 2 - 1, 0.5, k * eps) for k in (1, 0))
-            bars = s.alphas_cumprod[t], s.alphas_cumprod_prev[t // 2]
-            sigma = 0.5 * ((1 - bars[1]) / (1 - bars[0]) * (1 - bars[0] / bars[1])).sqrt()  # eq. 16
-            close(jump - still, sigma * eps, 1e-9)
-            bar = s.alphas_cumprod[t]
-            close(s.q_sample(x_0, t, eps), bar**0.5 * x_0 + (1 - bar) ** 0.5 * eps, 1e-12)
-            close(s.predict_eps(s.q_sample(x_0, t, eps), t, x_0), eps, 1e-9)
+            ddim = s.ddim_step(x_t, x_0, t, t - 1, 1.0, eps)
+            close(ddim, s.ddpm_step(x_t, x_0, t, eps), 1e-9)
+
+
+def test_ddim_step_written_out():
+    """Eq. 12 and 16 of DDIM, for neighbours and for jumps; timestep -1 is clean data."""
+    s = schedule.DiffusionSchedule(100)
+    x_t, x_0, new = x_t_x_0_and_noise((2, 20))
+    for t, t_next in ((99, 98), (99, 0), (60, 29), (1, 0), (40, -1), (0, -1)):
+        bar = s.alphas_cumprod[t]
+        bar_next = s.alphas_cumprod[t_next] if t_next >= 0 else torch.tensor(1.0)
+        eps = (x_t - bar.sqrt() * x_0) / (1 - bar).sqrt()
+        for eta in (0.0, 0.5, 1.0):
+            sigma = eta * ((1 - bar_next) / (1 - bar)).sqrt() * (1 - bar / bar_next).sqrt()
+            old = (1 - bar_next - sigma**2).clamp(min=0).sqrt()
+            expected = bar_next.sqrt() * x_0 + old * eps + sigma * new
+            close(s.ddim_step(x_t, x_0, t, t_next, eta, new), expected, 1e-9)
+    levels = s.ddim_step(x_t, x_0, torch.tensor([5, 60]), torch.tensor([-1, 29]), 0.5, new)
+    close(levels[0], x_0[0], 1e-12)
+    close(levels[1], s.ddim_step(x_t[1:], x_0[1:], 60, 29, 0.5, new[1:])[0], 1e-9)
+
+
+def test_every_ddim_step_keeps_the_marginal():
+    """Given the true x_0, x_30 has the mean and variance of q(x_30 | x_0), whatever eta is."""
+    s = schedule.DiffusionSchedule(100)
     x_0, eps, new = torch.randn(3, 200_000, generator=seeded(2))
-    x_t, bar = s.q_sample(x_0, 70, eps), s.alphas_cumprod[30]
-    for eta in (0.0, 0.5, 1.0):  # given the true x_0: mean and variance of q(x_30 | x_0)
-        step, drawn = s.ddim_step(x_t, x_0, 70, 30, eta, new), s.ddim_step(x_t, x_0, 70, 30, eta)
-        for rest in (step - bar.sqrt() * x_0, drawn - bar.sqrt() * x_0):
+    x_t = s.q_sample(x_0, 70, eps)
+    bar = s.alphas_cumprod[30]
+    for eta in (0.0, 0.5, 1.0):
+        for noise in (new, None):
+            x_30 = s.ddim_step(x_t, x_0, 70, 30, eta, noise)
+            rest = x_30 - bar.sqrt() * x_0
+            close(rest.mean(), 0, 0.006)
             close(rest.var(), 1 - bar, 0.006)
-        assert torch.equal(step, drawn) == (eta == 0)
-        close(s.ddim_step(x_t, x_0, 70, -1, eta, new), x_0, 1e-6)
-    draws = [s.ddpm_step(x_t, x_0, 70) for _ in range(2)]
-    close((draws[0] - draws[1]).var(), 2 * s.posterior_variance[70], 0.001)
+
+
+def test_a_step_draws_its_own_noise_if_none_is_given():
+    s = schedule.DiffusionSchedule(100)
+    x_t, x_0, _ = x_t_x_0_and_noise((200_000,), torch.float32)
+    difference = s.ddpm_step(x_t, x_0, 70) - s.ddpm_step(x_t, x_0, 70)
+    close(difference.var(), 2 * s.posterior_variance[70], 0.001)
+    difference = s.ddim_step(x_t, x_0, 70, 69, 0.5) - s.ddim_step(x_t, x_0, 70, 69, 0.5)
+    close(difference.var(), 0.25 * 2 * s.posterior_variance[70], 0.001)
+    still = s.ddim_step(x_t, x_0, 70, 30)  # eta is 0 by default
+    assert torch.equal(still, s.ddim_step(x_t, x_0, 70, 30))
+
+
+# -------------------------------------------------------------------------------------- samplers
+
+
+def exact_denoiser(sched, mean, std):
+    """E[x_0 | x_t] for data ~ N(mean, std^2)."""
+    def denoise(x_t, t):
+        bar = sched.alphas_cumprod[t].view(-1, 1).float()
+        gain = std**2 * bar.sqrt() / (bar * std**2 + 1 - bar)
+        return mean + gain * (x_t - bar.sqrt() * mean)
+    return denoise
+
+
+def samples_of_all_steps(denoise, sched):
+    x_T = torch.randn(4, 20_000, generator=seeded())
+    samples = [schedule.ddpm(denoise, sched, x_T, seeded(1))]
+    for eta in (0.0, 0.5, 1.0):
+        x_0 = schedule.ddim(denoise, sched, x_T, sched.timesteps, eta, seeded(1))
+        samples.append(x_0)
+    return samples
+
+
+def test_samplers_recover_a_gaussian():
+    """A right sampler turns an exact denoiser and N(0, I) into the data's mean and spread."""
+    for name in ("cosine", "linear"):
+        sched = schedule.DiffusionSchedule(500, name)
+        denoise = exact_denoiser(sched, mean=0.4, std=0.3**0.5)
+        for x_0 in samples_of_all_steps(denoise, sched):
+            close(x_0.mean(), 0.4, 0.015)
+            close(x_0.var(), 0.3, 0.015)
+        fifty_steps = schedule.ddim(denoise, sched, torch.randn(80_000, 1, generator=seeded()))
+        close(fifty_steps.mean(), 0.4, 0.03)
+        close(fifty_steps.var(), 0.3, 0.03)
+
+
+def test_a_hundred_timesteps_recover_a_wide_gaussian():
+    """Linear betas that are not scaled with T leave signal in x_T: they end at 1.73 instead of 2."""
+    for name in ("cosine", "linear"):
+        sched = schedule.DiffusionSchedule(100, name)
+        denoise = exact_denoiser(sched, mean=1.5, std=2.0)
+        for x_0 in samples_of_all_steps(denoise, sched):
+            close(x_0.mean(), 1.5, 0.05)
+            close(x_0.std(), 2.0, 0.08)
+
+
+def record(told):
+    """An on_step that keeps what it is told."""
+    def on_step(*step):
+        told.append(step)
+    return on_step
+
+
+def test_ddim_written_out():
+    sched = schedule.DiffusionSchedule(20)
+    x_T = torch.randn(2, 5, 1, generator=seeded(1))
+    for eta in (0.0, 0.5):
+        told, g, x_t = [], seeded(), x_T.clone()
+        got = schedule.ddim(lambda x, t: 0.9 * x + t.view(2, 1, 1), sched, x_T, num_steps=4,
+                            eta=eta, generator=seeded(), on_step=record(told))
+        for t, t_next, (told_t, told_x_t, told_x_0) in zip((19, 13, 6, 0), (13, 6, 0, -1), told):
+            x_0 = 0.9 * x_t + t
+            assert told_t == t
+            assert torch.equal(told_x_t, x_t)
+            assert torch.equal(told_x_0, x_0)
+            eps = torch.randn(2, 5, 1, generator=g)
+            x_t = sched.ddim_step(x_t, x_0, t, t_next, eta, eps)
+        assert len(told) == 4
+        assert torch.equal(got, x_t)
+
+
+def test_ddpm_written_out():
+    sched = schedule.DiffusionSchedule(20)
+    x_T = torch.randn(2, 5, 1, generator=seeded(1))
+    told, g, x_t = [], seeded(), x_T.clone()
+    got = schedule.ddpm(lambda x, t: 0.9 * x + t.view(2, 1, 1), sched, x_T, generator=seeded(),
+                        on_step=record(told))
+    for t, (told_t, told_x_t, told_x_0) in zip(range(19, -1, -1), told):
+        x_0 = 0.9 * x_t + t
+        assert told_t == t
+        assert torch.equal(told_x_t, x_t)
+        assert torch.equal(told_x_0, x_0)
+        eps = torch.randn(2, 5, 1, generator=g) if t > 0 else torch.zeros(2, 5, 1)
+        x_t = sched.ddpm_step(x_t, x_0, t, eps)
+    assert len(told) == 20
+    assert torch.equal(got, x_t)
+
+
+def test_samplers_give_one_int64_timestep_for_each_item():
+    def denoise(x_t, t):
+        assert t.dtype == torch.int64 and t.shape == (3,)
+        assert (t == t[0]).all()
+        return x_t
+
+    sched = schedule.DiffusionSchedule(5)
+    for shape in ((3,), (3, 7, 2), (3, 1, 8, 8)):
+        x_T = torch.randn(shape)
+        before = x_T.clone()
+        for sampler in (schedule.ddim, schedule.ddpm):
+            steps = dict(num_steps=5) if sampler is schedule.ddim else {}
+            assert sampler(denoise, sched, x_T, **steps).shape == shape
+            assert torch.equal(x_T, before)
+
+
+def test_samples_require_no_grad():
+    weight = torch.ones(1, requires_grad=True)
+    sched = schedule.DiffusionSchedule(5)
+    denoise = lambda x_t, t: weight * x_t
+    assert not schedule.ddim(denoise, sched, torch.ones(2, 3), 2).requires_grad
+    assert not schedule.ddpm(denoise, sched, torch.ones(2, 3)).requires_grad
+
+
+def test_no_noise_is_drawn_that_nobody_needs():
+    """eta = 0 draws none at all; DDPM none at t = 0."""
+    sched = schedule.DiffusionSchedule(5)
+    denoise = lambda x_t, t: 0.9 * x_t
+    x_T = torch.randn(2, 3)
+    g = seeded()
+    schedule.ddim(denoise, sched, x_T, 5, 0.0, g)
+    assert torch.equal(g.get_state(), seeded().get_state())
+    torch.manual_seed(0)
+    schedule.ddim(denoise, sched, x_T, 5)
+    close(torch.rand(1), torch.rand(1, generator=seeded()), 0)
+    expected = seeded()
+    for _ in range(4):
+        torch.randn(2, 3, generator=expected)
+    schedule.ddpm(denoise, sched, x_T, g)
+    assert torch.equal(g.get_state(), expected.get_state())
+
+
+def test_a_generator_may_be_on_another_device():
+    sched = schedule.DiffusionSchedule(5).to("meta")  # stands for a GPU
+    x_T = torch.ones(2, 3, device="meta", dtype=torch.float64)
+    denoise = lambda x_t, t: 0.9 * x_t
+    for x_0 in (schedule.ddim(denoise, sched, x_T, 3, 1.0, seeded()),
+                schedule.ddpm(denoise, sched, x_T, seeded())):
+        assert x_0.is_meta and x_0.dtype == torch.float64
+
+
+def test_ddim_refuses_nonsense():
+    sched = schedule.DiffusionSchedule(20)
+    denoise = lambda x_t, t: x_t
+    for eta in (1.5, -0.1, math.nan):
+        raises(ValueError, lambda: schedule.ddim(denoise, sched, torch.ones(1), 5, eta), eta)
+    for num_steps in (0, 21):
+        raises(ValueError, lambda: schedule.ddim(denoise, sched, torch.ones(1), num_steps), 20)
+
+
+def test_the_documents_training_loop_for_schedules():
+    """As in the notebook: T is schedule.timesteps, t is float, constants are indexed by hand."""
+    sched = schedule.DiffusionSchedule(timesteps=1000, beta_schedule="cosine").to("cpu")
+    B = 4
+    output_values = torch.rand(B, 204, 3)
+    t = torch.randint(0, sched.timesteps, (B,)).float()
+    eps = torch.randn_like(output_values)
+    sqrt_alpha_t = sched.sqrt_alphas_cumprod[t.long()].view(B, 1, 1)
+    sqrt_one_minus_alpha_t = sched.sqrt_one_minus_alphas_cumprod[t.long()].view(B, 1, 1)
+    noisy_output = sqrt_alpha_t * output_values + sqrt_one_minus_alpha_t * eps
+    close(sched.q_sample(output_values, t, eps), noisy_output, 1e-6)
+
+
+def test_the_documents_sampling_loop_for_schedules():
+    """Its DDIM loop, written out there with 0-dimensional timesteps, and ours agree."""
+    sched = schedule.DiffusionSchedule(timesteps=100)
+    x_T = torch.randn(4, 204, 3, generator=seeded())
+    model = lambda x_t, t: 0.9 * x_t
+    x_t = x_T
+    timesteps = torch.linspace(sched.timesteps - 1, 0, 10).long()
+    for i, t_idx in enumerate(timesteps):
+        t = torch.full((4,), t_idx.item(), dtype=torch.float)
+        x_0_pred = model(x_t, t)
+        if i < len(timesteps) - 1:
+            t_next = timesteps[i + 1]
+            alpha_t = sched.alphas_cumprod[t_idx]
+            alpha_t_next = sched.alphas_cumprod[t_next]
+            eps_pred = (x_t - torch.sqrt(alpha_t) * x_0_pred) / torch.sqrt(1 - alpha_t)
+            x_t = torch.sqrt(alpha_t_next) * x_0_pred + torch.sqrt(1 - alpha_t_next) * eps_pred
+        else:
+            x_t = x_0_pred
+    close(schedule.ddim(model, sched, x_T, num_steps=10), x_t, 1e-4)
+
+
+def test_the_picture_of_the_schedules():
+    charts = []
+
+    def line_chart(title, curves):
+        charts.append(curves)
+        return draw(title, curves)
+
+    draw = data.line_chart
+    with folder(), patched(data, line_chart=line_chart):
+        printed = works(schedule, "")
+        with Image.open("out/schedule.png") as picture:
+            assert np.array_equal(picture, draw("alpha_bar_t", charts[0]))
+        works(schedule, "--timesteps 50")
+        works(schedule, "--out elsewhere")
+        assert Path("elsewhere/schedule.png").exists()
+    for curves, T in zip(charts, (1000, 50, 1000)):
+        for name in ("cosine", "linear"):
+            xs, ys = curves[name]
+            assert list(xs) == list(range(T))
+            bars = schedule.DiffusionSchedule(T, name).alphas_cumprod
+            close(ys, bars, 1e-12)
+    for name, line in zip(("cosine", "linear"), printed.splitlines()):
+        bars = charts[0][name][1]
+        assert line.startswith(name)
+        assert f"from {bars[0]:.4f} down to {bars[-1]:.3g}" in line
 
 
 # ----------------------------------------------------------------------------------------- noise
@@ -1004,64 +1341,33 @@ def test_any_number_of_pixels_and_at_the_last_timestep_x_t_does_not_matter():
 # ------------------------------------------------------------------ samplers, metrics, evaluation
 
 
-def test_samplers_recover_a_gaussian():
-    """For data ~ N(mu, s2) the best x0-prediction is known; a right sampler returns mu and s2."""
-    mu, s2, T = 0.4, 0.3, 500
-    sched, g = schedule.DiffusionSchedule(T), torch.Generator().manual_seed(0)
-
-    def exact(x_t, output_coords, t, input_coords, input_values):
-        bar = sched.alphas_cumprod[t].view(-1, 1, 1).float()
-        return mu + s2 * bar.sqrt() / (bar * s2 + 1 - bar) * (x_t - bar.sqrt() * mu)
-
-    where = torch.zeros(4, 5000, 2), torch.zeros(4, 1, 2), torch.zeros(4, 1, 1)
-    runs = {eta: schedule.ddim_sample(exact, sched, *where, num_steps=T, eta=eta, generator=g)
-            for eta in (0.0, 0.5, 1.0)}
-    runs["ddpm"] = schedule.ddpm_sample(exact, sched, *where, generator=g)
-    runs["50 steps"] = schedule.ddim_sample(exact, sched, *where, num_steps=50, generator=g)
-    for name, x in runs.items():
-        loose = 2 if name == "50 steps" else 1
-        assert abs(x.mean() - mu) < 0.015 * loose, f"{name}: mean {x.mean():.4f}, not {mu}"
-        assert abs(x.var() - s2) < 0.015 * loose, f"{name}: variance {x.var():.4f}, not {s2}"
-    raises(ValueError, lambda: schedule.ddim_sample(exact, sched, *where, eta=1.5), 1.5)
-
-
-def test_samples_require_no_grad():
-    model = lambda x_t, *_: x_t * torch.ones(1, requires_grad=True)
-    sched = schedule.DiffusionSchedule(5)
-    where = torch.rand(2, 5, 2), torch.rand(2, 3, 2), torch.rand(2, 3, 1)
-    ddim = schedule.ddim_sample(model, sched, *where, num_steps=2)
-    ddpm = schedule.ddpm_sample(model, sched, *where)
-    assert not ddim.requires_grad and not ddpm.requires_grad
-
-
-def test_samplers_written_out():
-    """Both loops by hand: a timestep, then a step to the next lower one with noise of its own."""
-    sched, asked, told = schedule.DiffusionSchedule(20), [], []
+def test_the_documents_samplers_ask_the_model_at_the_output_pixels():
+    """ddim_sample and ddpm_sample: schedule.py's loops, from N(0, I) at the output coordinates."""
+    sched, asked = schedule.DiffusionSchedule(20), []
     where = torch.rand(2, 5, 2), torch.rand(2, 3, 2), torch.rand(2, 3, 1)
 
-    def model(x_t, *given):
-        asked.append(given)
-        return 0.9 * x_t
+    def model(x_t, output_coords, t, input_coords, input_values):
+        asked.append((output_coords, input_coords, input_values))
+        return 0.9 * x_t + t.view(2, 1, 1)
 
-    for steps, eta in ((4, 0.0), (4, 0.5), (20, 1.0), (20, "ddpm")):
-        asked.clear()
-        told.clear()
-        draw, options = schedule.ddpm_sample, {}
-        if eta != "ddpm":
-            draw, options = schedule.ddim_sample, dict(num_steps=steps, eta=eta)
-        got = draw(model, sched, *where, generator=seeded(), on_step=lambda *step:
-                   told.append(step), **options)
-        timesteps, g = sched.timesteps(steps).tolist(), seeded()
-        assert len(told) == len(asked) == steps
-        x_t = torch.randn(2, 5, 1, generator=g)
-        for i, (t, t_next) in enumerate(zip(timesteps, [*timesteps[1:], -1])):
-            assert told[i][0] == t and torch.equal(told[i][1], x_t)
-            assert torch.equal(told[i][2], 0.9 * x_t) and asked[i][1].tolist() == [t, t]
-            assert [asked[i][j] is x for j, x in zip((0, 2, 3), where)] == [True] * 3
-            eps = torch.randn(2, 5, 1, generator=g)
-            x_t = (sched.ddpm_step(x_t, 0.9 * x_t, t, eps) if eta == "ddpm" else
-                   sched.ddim_step(x_t, 0.9 * x_t, t, t_next, eta, eps))
-        assert torch.equal(got, x_t)
+    denoise = lambda x_t, t: model(x_t, where[0], t, *where[1:])
+    g = seeded()
+    x_T = torch.randn(2, 5, 1, generator=g)
+    ddim = schedule.ddim(denoise, sched, x_T, 4, 0.5, g)
+    g = seeded()
+    x_T = torch.randn(2, 5, 1, generator=g)
+    ddpm = schedule.ddpm(denoise, sched, x_T, g)
+    asked.clear()
+    told = []
+    options = dict(generator=seeded(), on_step=record(told))
+    got = nf_denoiser.ddim_sample(model, sched, *where, num_steps=4, eta=0.5, **options)
+    assert torch.equal(got, ddim)
+    options = dict(generator=seeded(), on_step=record(told))
+    got = nf_denoiser.ddpm_sample(model, sched, *where, **options)
+    assert torch.equal(got, ddpm)
+    assert len(told) == len(asked) == 4 + 20
+    for given in asked:
+        assert all(a is b for a, b in zip(given, where))
 
 
 def test_classical_methods():
@@ -1084,7 +1390,7 @@ def test_classical_methods():
 
 def sampler(sched, seed=0, **options):
     g = seeded(seed)
-    return functools.partial(schedule.ddim_sample, schedule=sched, generator=g, **options)
+    return functools.partial(nf_denoiser.ddim_sample, schedule=sched, generator=g, **options)
 
 
 def test_every_column_of_the_table_worked_out_again():
@@ -1129,7 +1435,7 @@ def test_every_column_of_the_table_worked_out_again():
     assert torch.equal(image.flatten(2).gather(2, chosen), truth.flatten(2).gather(2, chosen))
     asked.clear()
     split = sample.split_images(images, torch.arange(5), 3, full=True)
-    sample.reconstruct(spy, sched, split, functools.partial(schedule.ddpm_sample, schedule=sched))
+    sample.reconstruct(spy, sched, split, functools.partial(nf_denoiser.ddpm_sample, schedule=sched))
     assert split["n_out"] == 820 and len(asked) == 2 + 20  # all timesteps, all pixels
     assert "sample" not in sample.reconstruct(spy, sched, split)
 

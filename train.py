@@ -39,11 +39,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sample
 from autoencoder import DenoisingAutoencoder, autoencoder_loss, corrupted, training_loop
-from data import fixed_order, load_dataset, run, sparse_split
+from data import fixed_order, line_chart, load_dataset, run, sparse_split
 from nf_denoiser import PARTS, SIZES, NFDenoiser, pixel_covariance
 from noise import NOISES
 from sample import between, evaluate_field, load_checkpoint, pick_device, save_checkpoint
-from schedule import DiffusionSchedule, line_chart
+from schedule import DiffusionSchedule
 
 # ------------------------------------------------------------------------------- the neural field
 def field_loss(model, images, schedule, pure_noise, order=None, shard=slice(None)):
@@ -54,7 +54,7 @@ def field_loss(model, images, schedule, pure_noise, order=None, shard=slice(None
     for fixed masks. shard: the rows of this process.
     """
     split = sparse_split(images, output_ratio=None if pure_noise else 0.2, order=order)
-    x_0, T = split["output_values"], schedule.num_timesteps
+    x_0, T = split["output_values"], schedule.timesteps
     t = torch.randint(T - 1 if pure_noise else 0, T, (len(x_0),), device=x_0.device)
     x_t = schedule.q_sample(x_0, t, noise=torch.randn_like(x_0))
     with mixed_precision(images.device):
