@@ -147,8 +147,7 @@ class DiffusionSchedule:
         return (mean + self.posterior_variance[t].sqrt() * noise).to(x_t.dtype)
 
     def sampling_timesteps(self, num_steps):
-        """int64 (num_steps,), evenly from T - 1 to 0. Raises ValueError unless 1 <= num_steps <= T.
-        """
+        """int64 (num_steps,), evenly from T - 1 to 0. ValueError unless 1 <= num_steps <= T."""
         if not 1 <= num_steps <= self.timesteps:
             raise ValueError(f"sampling steps must be 1 to {self.timesteps}, got {num_steps}")
         steps = torch.linspace(self.timesteps - 1, 0, num_steps, dtype=torch.float64)

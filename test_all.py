@@ -171,10 +171,11 @@ def test_cosine_betas_against_numpy():
 
 def test_linear_betas_are_scaled_with_T_and_stay_below_1():
     assert schedule.linear_beta_schedule(1000).dtype == torch.float64
-    close(schedule.linear_beta_schedule(1000), DDPM_BETAS, 1e-15)
-    close(schedule.linear_beta_schedule(100), np.linspace(0.001, 0.2, 100), 1e-12)
-    close(schedule.linear_beta_schedule(10_000), np.linspace(1e-5, 0.002, 10_000), 1e-12)
-    close(schedule.linear_beta_schedule(1000, 0.1, 0.3), np.linspace(0.1, 0.3, 1000), 1e-12)
+    for T, first, last in ((1000, 0.0001, 0.02), (100, 0.001, 0.2), (10_000, 1e-5, 0.002)):
+        betas = schedule.linear_beta_schedule(T)
+        close(betas, np.linspace(first, last, T), 1e-12)
+    betas = schedule.linear_beta_schedule(1000, 0.1, 0.3)
+    close(betas, np.linspace(0.1, 0.3, 1000), 1e-12)
     assert schedule.linear_beta_schedule(10).max() == 0.9999
 
 
@@ -265,13 +266,15 @@ def every_step(s):
 def test_each_item_can_have_a_timestep_int_or_float():
     for step in every_step(schedule.DiffusionSchedule(100)):
         for shape in ((3,), (3, 5, 2), (3, 3, 4, 4)):
-            x_t, x_0, eps = x_t_x_0_and_noise(shape)
+            items = x_t_x_0_and_noise(shape)
+            x_t, x_0, eps = items
             t = torch.tensor([3, 50, 99])
             together = step(x_t, x_0, t, eps)
-            assert torch.equal(together, step(x_t, x_0, t.float(), eps))
-            assert torch.equal(together, step(x_t, x_0, t + 0.9, eps))  # rounded down
+            assert together.equal(step(x_t, x_0, t.float(), eps))
+            assert together.equal(step(x_t, x_0, t + 0.9, eps))  # rounded down
             for i in range(3):
-                alone = step(x_t[i:i + 1], x_0[i:i + 1], int(t[i]), eps[i:i + 1])
+                x_t, x_0, eps = items[:, i:i + 1]
+                alone = step(x_t, x_0, int(t[i]), eps)
                 close(alone, together[i:i + 1], 1e-11)
 
 
@@ -327,18 +330,27 @@ def test_ddim_step_written_out():
     """Eq. 12 and 16 of DDIM, for neighbours and for jumps; timestep -1 is clean data."""
     s = schedule.DiffusionSchedule(100)
     x_t, x_0, new = x_t_x_0_and_noise((2, 20))
+    bars = [*s.alphas_cumprod.tolist(), 1.0]  # bars[-1] is that of clean data
     for t, t_next in ((99, 98), (99, 0), (60, 29), (1, 0), (40, -1), (0, -1)):
-        bar = s.alphas_cumprod[t]
-        bar_next = s.alphas_cumprod[t_next] if t_next >= 0 else torch.tensor(1.0)
-        eps = (x_t - bar.sqrt() * x_0) / (1 - bar).sqrt()
+        bar, bar_next = bars[t], bars[t_next]
+        eps = (x_t - bar**0.5 * x_0) / (1 - bar) ** 0.5
         for eta in (0.0, 0.5, 1.0):
-            sigma = eta * ((1 - bar_next) / (1 - bar)).sqrt() * (1 - bar / bar_next).sqrt()
-            old = (1 - bar_next - sigma**2).clamp(min=0).sqrt()
-            expected = bar_next.sqrt() * x_0 + old * eps + sigma * new
-            close(s.ddim_step(x_t, x_0, t, t_next, eta, new), expected, 1e-9)
-    levels = s.ddim_step(x_t, x_0, torch.tensor([5, 60]), torch.tensor([-1, 29]), 0.5, new)
-    close(levels[0], x_0[0], 1e-12)
-    close(levels[1], s.ddim_step(x_t[1:], x_0[1:], 60, 29, 0.5, new[1:])[0], 1e-9)
+            variance = (1 - bar_next) / (1 - bar) * (1 - bar / bar_next)
+            sigma = eta * variance**0.5
+            old = max(1 - bar_next - sigma**2, 0) ** 0.5
+            expected = bar_next**0.5 * x_0 + old * eps + sigma * new
+            got = s.ddim_step(x_t, x_0, t, t_next, eta, new)
+            close(got, expected, 1e-9)
+
+
+def test_in_one_batch_some_items_can_reach_clean_data():
+    s = schedule.DiffusionSchedule(100)
+    x_t, x_0, new = x_t_x_0_and_noise((2, 20))
+    t, t_next = torch.tensor([[5, 60], [-1, 29]])
+    together = s.ddim_step(x_t, x_0, t, t_next, 0.5, new)
+    close(together[0], x_0[0], 1e-12)
+    alone = s.ddim_step(x_t, x_0, 60, 29, 0.5, new)
+    close(together[1], alone[1], 1e-9)
 
 
 def test_every_ddim_step_keeps_the_marginal():
@@ -358,12 +370,13 @@ def test_every_ddim_step_keeps_the_marginal():
 def test_a_step_draws_its_own_noise_if_none_is_given():
     s = schedule.DiffusionSchedule(100)
     x_t, x_0, _ = x_t_x_0_and_noise((200_000,), torch.float32)
-    difference = s.ddpm_step(x_t, x_0, 70) - s.ddpm_step(x_t, x_0, 70)
-    close(difference.var(), 2 * s.posterior_variance[70], 0.001)
-    difference = s.ddim_step(x_t, x_0, 70, 69, 0.5) - s.ddim_step(x_t, x_0, 70, 69, 0.5)
-    close(difference.var(), 0.25 * 2 * s.posterior_variance[70], 0.001)
-    still = s.ddim_step(x_t, x_0, 70, 30)  # eta is 0 by default
-    assert torch.equal(still, s.ddim_step(x_t, x_0, 70, 30))
+    variance = s.posterior_variance[70]
+    first, second = (s.ddpm_step(x_t, x_0, 70) for _ in range(2))
+    close((first - second).var(), 2 * variance, 0.001)
+    first, second = (s.ddim_step(x_t, x_0, 70, 69, 0.5) for _ in range(2))
+    close((first - second).var(), 2 * 0.25 * variance, 0.001)
+    first, second = (s.ddim_step(x_t, x_0, 70, 69) for _ in range(2))  # eta is 0 by default
+    assert torch.equal(first, second)
 
 
 # -------------------------------------------------------------------------------------- samplers
@@ -379,7 +392,7 @@ def exact_denoiser(sched, mean, std):
 
 
 def samples_of_all_steps(denoise, sched):
-    x_T = torch.randn(4, 20_000, generator=seeded())
+    x_T = torch.randn(4, 5000, generator=seeded())
     samples = [schedule.ddpm(denoise, sched, x_T, seeded(1))]
     for eta in (0.0, 0.5, 1.0):
         x_0 = schedule.ddim(denoise, sched, x_T, sched.timesteps, eta, seeded(1))
@@ -389,19 +402,25 @@ def samples_of_all_steps(denoise, sched):
 
 def test_samplers_recover_a_gaussian():
     """A right sampler turns an exact denoiser and N(0, I) into the data's mean and spread."""
-    for name in ("cosine", "linear"):
-        sched = schedule.DiffusionSchedule(500, name)
-        denoise = exact_denoiser(sched, mean=0.4, std=0.3**0.5)
-        for x_0 in samples_of_all_steps(denoise, sched):
-            close(x_0.mean(), 0.4, 0.015)
-            close(x_0.var(), 0.3, 0.015)
-        fifty_steps = schedule.ddim(denoise, sched, torch.randn(80_000, 1, generator=seeded()))
-        close(fifty_steps.mean(), 0.4, 0.03)
-        close(fifty_steps.var(), 0.3, 0.03)
+    sched = schedule.DiffusionSchedule(500)
+    denoise = exact_denoiser(sched, mean=0.4, std=0.3**0.5)
+    for x_0 in samples_of_all_steps(denoise, sched):
+        close(x_0.mean(), 0.4, 0.015)
+        close(x_0.var(), 0.3, 0.015)
+
+
+def test_fifty_steps_are_the_default_and_enough():
+    sched = schedule.DiffusionSchedule(500)
+    denoise = exact_denoiser(sched, mean=0.4, std=0.3**0.5)
+    x_T = torch.randn(20_000, 1, generator=seeded())
+    x_0 = schedule.ddim(denoise, sched, x_T)
+    assert torch.equal(x_0, schedule.ddim(denoise, sched, x_T, num_steps=50, eta=0.0))
+    close(x_0.mean(), 0.4, 0.03)
+    close(x_0.var(), 0.3, 0.03)
 
 
 def test_a_hundred_timesteps_recover_a_wide_gaussian():
-    """Linear betas that are not scaled with T leave signal in x_T: they end at 1.73 instead of 2."""
+    """Linear betas that do not grow with 1 / T leave signal in x_T, and end at 1.73, not 2."""
     for name in ("cosine", "linear"):
         sched = schedule.DiffusionSchedule(100, name)
         denoise = exact_denoiser(sched, mean=1.5, std=2.0)
@@ -417,39 +436,41 @@ def record(told):
     return on_step
 
 
+def nine_tenths_plus_t(x_t, t):
+    """A denoiser that no sampler can confuse with another one, or t with another t."""
+    return 0.9 * x_t + t.view(-1, 1, 1)
+
+
 def test_ddim_written_out():
     sched = schedule.DiffusionSchedule(20)
     x_T = torch.randn(2, 5, 1, generator=seeded(1))
     for eta in (0.0, 0.5):
-        told, g, x_t = [], seeded(), x_T.clone()
-        got = schedule.ddim(lambda x, t: 0.9 * x + t.view(2, 1, 1), sched, x_T, num_steps=4,
-                            eta=eta, generator=seeded(), on_step=record(told))
-        for t, t_next, (told_t, told_x_t, told_x_0) in zip((19, 13, 6, 0), (13, 6, 0, -1), told):
+        told, g, x_t = [], seeded(), x_T
+        got = schedule.ddim(nine_tenths_plus_t, sched, x_T, num_steps=4, eta=eta,
+                            generator=seeded(), on_step=record(told))
+        for t, t_next, step in zip((19, 13, 6, 0), (13, 6, 0, -1), told, strict=True):
             x_0 = 0.9 * x_t + t
-            assert told_t == t
-            assert torch.equal(told_x_t, x_t)
-            assert torch.equal(told_x_0, x_0)
+            assert step[0] == t
+            assert step[1].equal(x_t)
+            assert step[2].equal(x_0)
             eps = torch.randn(2, 5, 1, generator=g)
             x_t = sched.ddim_step(x_t, x_0, t, t_next, eta, eps)
-        assert len(told) == 4
-        assert torch.equal(got, x_t)
+        assert got.equal(x_t)
 
 
 def test_ddpm_written_out():
     sched = schedule.DiffusionSchedule(20)
     x_T = torch.randn(2, 5, 1, generator=seeded(1))
-    told, g, x_t = [], seeded(), x_T.clone()
-    got = schedule.ddpm(lambda x, t: 0.9 * x + t.view(2, 1, 1), sched, x_T, generator=seeded(),
-                        on_step=record(told))
-    for t, (told_t, told_x_t, told_x_0) in zip(range(19, -1, -1), told):
+    told, g, x_t = [], seeded(), x_T
+    got = schedule.ddpm(nine_tenths_plus_t, sched, x_T, generator=seeded(), on_step=record(told))
+    for t, step in zip(range(19, -1, -1), told, strict=True):
         x_0 = 0.9 * x_t + t
-        assert told_t == t
-        assert torch.equal(told_x_t, x_t)
-        assert torch.equal(told_x_0, x_0)
-        eps = torch.randn(2, 5, 1, generator=g) if t > 0 else torch.zeros(2, 5, 1)
+        assert step[0] == t
+        assert step[1].equal(x_t)
+        assert step[2].equal(x_0)
+        eps = torch.randn(2, 5, 1, generator=g)  # at t = 0 it is multiplied by 0
         x_t = sched.ddpm_step(x_t, x_0, t, eps)
-    assert len(told) == 20
-    assert torch.equal(got, x_t)
+    assert got.equal(x_t)
 
 
 def test_samplers_give_one_int64_timestep_for_each_item():
@@ -495,12 +516,10 @@ def test_no_noise_is_drawn_that_nobody_needs():
 
 
 def test_a_generator_may_be_on_another_device():
-    sched = schedule.DiffusionSchedule(5).to("meta")  # stands for a GPU
-    x_T = torch.ones(2, 3, device="meta", dtype=torch.float64)
-    denoise = lambda x_t, t: 0.9 * x_t
-    for x_0 in (schedule.ddim(denoise, sched, x_T, 3, 1.0, seeded()),
-                schedule.ddpm(denoise, sched, x_T, seeded())):
-        assert x_0.is_meta and x_0.dtype == torch.float64
+    x = torch.empty(2, 3, device="meta", dtype=torch.float64)  # meta stands for a GPU
+    noise_there = schedule.normal_like(x, seeded())
+    assert noise_there.is_meta
+    assert noise_there.shape == (2, 3) and noise_there.dtype == torch.float64
 
 
 def test_ddim_refuses_nonsense():
@@ -523,27 +542,6 @@ def test_the_documents_training_loop_for_schedules():
     sqrt_one_minus_alpha_t = sched.sqrt_one_minus_alphas_cumprod[t.long()].view(B, 1, 1)
     noisy_output = sqrt_alpha_t * output_values + sqrt_one_minus_alpha_t * eps
     close(sched.q_sample(output_values, t, eps), noisy_output, 1e-6)
-
-
-def test_the_documents_sampling_loop_for_schedules():
-    """Its DDIM loop, written out there with 0-dimensional timesteps, and ours agree."""
-    sched = schedule.DiffusionSchedule(timesteps=100)
-    x_T = torch.randn(4, 204, 3, generator=seeded())
-    model = lambda x_t, t: 0.9 * x_t
-    x_t = x_T
-    timesteps = torch.linspace(sched.timesteps - 1, 0, 10).long()
-    for i, t_idx in enumerate(timesteps):
-        t = torch.full((4,), t_idx.item(), dtype=torch.float)
-        x_0_pred = model(x_t, t)
-        if i < len(timesteps) - 1:
-            t_next = timesteps[i + 1]
-            alpha_t = sched.alphas_cumprod[t_idx]
-            alpha_t_next = sched.alphas_cumprod[t_next]
-            eps_pred = (x_t - torch.sqrt(alpha_t) * x_0_pred) / torch.sqrt(1 - alpha_t)
-            x_t = torch.sqrt(alpha_t_next) * x_0_pred + torch.sqrt(1 - alpha_t_next) * eps_pred
-        else:
-            x_t = x_0_pred
-    close(schedule.ddim(model, sched, x_T, num_steps=10), x_t, 1e-4)
 
 
 def test_the_picture_of_the_schedules():
@@ -709,6 +707,33 @@ def test_the_documents_noise_loop():
         by_name = getattr(noise, f"add_{noise_type}_noise")
         assert by_name(clean_images, generator=seeded()).equal(
             noise_fn(clean_images, noise_param, seeded()))
+
+
+def test_the_picture_of_the_noises():
+    """A row for each noise: the clean image, then five strengths with their PSNR below."""
+    drawn = []
+
+    def image_grid(rows, column_labels=(), row_labels=(), captions=None, zoom=4):
+        drawn.append((rows, row_labels, captions))
+        return draw(rows, column_labels, row_labels, captions, zoom)
+
+    draw = data.image_grid
+    with folder(), patched(data, image_grid=image_grid):
+        works(noise, "")
+        rows, labels, captions = drawn[0]
+        with Image.open("out/noise.png") as picture:
+            assert np.array_equal(picture, draw(rows, (), labels, captions))
+        works(noise, "--out elsewhere")
+        assert Path("elsewhere/noise.png").read_bytes() == Path("out/noise.png").read_bytes()
+    assert labels == ["gaussian", "salt_pepper", "masking"] and len(rows) == 3
+    for row, below, add in zip(rows, captions, SIMPLE):
+        clean = row[0]
+        assert below[0] == "clean" and 0.1 < clean.mean() < 0.3
+        strengths = 0.1, 0.2, 0.3, 0.4, 0.5
+        for image, text, strength in zip(row[1:], below[1:], strengths, strict=True):
+            assert image.equal(add(clean[None], strength, seeded())[0])
+            mse = np.mean((image.numpy() - clean.numpy()) ** 2)
+            assert text == f"{strength}: {-10 * np.log10(mse):.1f} dB"
 
 
 def test_psnr_is_in_decibels():
@@ -1099,12 +1124,27 @@ def test_a_thousand_damaged_files():
             assert least < refusals <= 200, (path, refusals)
 
 
+def test_noise_and_schedule_can_be_imported_alone():
+    use = ("import torch, noise, schedule\n"
+           "x = torch.rand(2, 3, 16, 16)\n"
+           "noise.ssim(x, noise.add_mixed_noise(x))\n"
+           "s = schedule.DiffusionSchedule(9, 'linear')\n"
+           "schedule.ddim(lambda x, t: x, s, x, 3, 0.5)\n"
+           "schedule.ddpm(lambda x, t: x, s, x)\n")
+    with folder():
+        for file in ("noise.py", "schedule.py"):
+            shutil.copy(HERE / file, ".")
+        done = subprocess.run([sys.executable, "-c", use], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
 def test_files_that_work_alone():
     for line in ("noise.py", "schedule.py", "data.py --data glyphs", "nf_denoiser.py",
                  "autoencoder.py"):
         with folder():
             file, *flags = line.split()
-            shutil.copy(HERE / file, ".")
+            for needed in {file, "data.py"}:  # which draws the pictures
+                shutil.copy(HERE / needed, ".")
             done = subprocess.run([sys.executable, file, *flags], capture_output=True, text=True,
                                   timeout=100)
             assert done.returncode == 0 and done.stdout.strip() and not done.stderr, done
@@ -1435,7 +1475,8 @@ def test_every_column_of_the_table_worked_out_again():
     assert torch.equal(image.flatten(2).gather(2, chosen), truth.flatten(2).gather(2, chosen))
     asked.clear()
     split = sample.split_images(images, torch.arange(5), 3, full=True)
-    sample.reconstruct(spy, sched, split, functools.partial(nf_denoiser.ddpm_sample, schedule=sched))
+    all_steps = functools.partial(nf_denoiser.ddpm_sample, schedule=sched)
+    sample.reconstruct(spy, sched, split, all_steps)
     assert split["n_out"] == 820 and len(asked) == 2 + 20  # all timesteps, all pixels
     assert "sample" not in sample.reconstruct(spy, sched, split)
 
