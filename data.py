@@ -365,5 +365,29 @@ def main():
     print(f"{name}: {len(images):,} test images {tuple(images.shape[1:])}; see {args.out}/data.png")
 
 
+def line_chart(title, curves):
+    """A 460 x 320 Pillow image. curves: {label: (xs, ys)}, finite numbers."""
+    all_x, all_y = (sum((list(curve[i]) for curve in curves.values()), []) for i in (0, 1))
+    x_low, x_span = min(all_x), (max(all_x) - min(all_x)) or 1
+    y_low, y_span = min(all_y), (max(all_y) - min(all_y)) or 1
+    image = Image.new("RGB", (460, 320), "white")
+    draw = ImageDraw.Draw(image)
+    draw.text((62, 8), title, "black", font_size=12)
+    for part in (0, 0.25, 0.5, 0.75, 1):  # grid lines and numbers on the axes
+        x, y = 62 + 374 * part, 290 - 260 * part
+        draw.line([(62, y), (436, y)], fill="#e4e4e4")
+        number = round(float(y_low + part * y_span), 9)
+        draw.text((56, y), f"{number:.3g}", "#444", font_size=12, anchor="rm")
+        draw.text((x, 296), f"{x_low + part * x_span:.4g}", "#444", font_size=12, anchor="ma")
+    for i, (label, curve) in enumerate(curves.items()):
+        colour = ("#1f6fb4", "#d1481f", "#2b9348", "#8a4fbf")[i % 4]
+        points = [(62 + 374 * (x - x_low) / x_span, 290 - 260 * (y - y_low) / y_span)
+                  for x, y in zip(*curve)]
+        draw.line(points, fill=colour, width=2, joint="curve")
+        draw.circle(points[-1], 3, colour)
+        draw.text((436 - 110 * i, 8), label, colour, font_size=12, anchor="ra")
+    return image
+
+
 if __name__ == "__main__":
     run(main)

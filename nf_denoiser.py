@@ -2,10 +2,9 @@
 
 An image is a set of pixels (coordinate, value). Some are given, clean and fixed (the input); others
 start as Gaussian noise and are denoised step by step (the output). The network predicts the clean
-output values directly, and the loss is its mean squared error:
+output values directly, and is trained on its mean squared error:
 
     x_0_hat = f(x_t_out, coords_out, t, coords_in, x_in),      loss = mean (x_0_hat - x_0)^2
-
     x_0_hat = posterior_mean + std * (unet + perceiver)
 
     input pixels  (B, N_in, 3)  --+--> gaussian   posterior mean (B, 3, 32, 32) of a Gaussian
@@ -15,11 +14,11 @@ output values directly, and the loss is its mean squared error:
                                   |      |        features are read at the output coordinates
                                   |      v
                                   +--> perceiver  attention between pixels, stronger where they are
-                                                  near and similar: (B, N_out, 3)
+                                                  near and alike: (B, N_out, 3)
 
-Each part can be left out (train.py --parts), and README.md says what each one reaches alone.
+Each part can be left out (train.py --parts); README.md says what each one reaches alone.
 
-    python nf_denoiser.py                  # the parameters of each part, for each --size
+    python nf_denoiser.py                  # the parameters of each part
 
 Papers: Perceiver IO (Jaegle et al., 2021, arXiv 2107.14795); Gaussian Processes for Machine
 Learning (Rasmussen & Williams, 2006); U-Net (Ronneberger et al., 2015, arXiv 1505.04597); DDPM
@@ -35,12 +34,11 @@ from torch import nn
 PARTS = ("gaussian", "unet", "perceiver")
 
 
-# ------------------------------------------------------------------------------------- embeddings
 class FourierFeatures(nn.Module):
     """gamma(v) = [sin(2 pi B v), cos(2 pi B v)], Tancik et al. (2020), arXiv 2006.10739, eq. 5.
 
-    A network that is given bare coordinates learns smooth functions of them first and fine detail
-    very slowly. Sines and cosines of many frequencies hand it the detail ready-made.
+    From bare coordinates a network learns smooth functions first and fine detail very slowly.
+    Sines and cosines of many frequencies give it the detail to choose from.
 
     (..., 2) coordinates in [0, 1] -> (..., 2 * num_feats). B is drawn once from a Gaussian with
     standard deviation `scale` (cycles per image side) and saved with the weights.
@@ -85,13 +83,13 @@ class Attention(nn.Module):
         weights_ij = exp(logits_ij) / sum_j exp(logits_ij)                        (softmax)
         y_i        = sum_j weights_ij v_j
 
-    The first term says how similar query and key are. The second, with the coordinates p, makes
-    weights fall with distance like a Gaussian of standard deviation `reach`, which each head
-    learns: with zero weights in to_q, attention is kernel regression (Nadaraya, 1964). The third
-    multiplies the weight of j by w_j, since exp(log w) = w.
+    The first term says how alike query and key are. The second, with the coordinates p, makes the
+    weights fall with distance like a Gaussian of standard deviation `reach`, one for each head:
+    while to_q is zero, attention is kernel regression (Nadaraya, 1964). The third multiplies the
+    weight of j by w_j, since exp(a + log w) = w exp(a).
 
-    x (B, N, dim) attends to context (B, M, dim) -> (B, N, dim). With placed=True the coordinates
-    (B, N, 2) and (B, M, 2) are needed, otherwise they are not used. log_w: (B, M) or None.
+    x (B, N, dim) attends to context (B, M, dim) -> (B, N, dim). log_w: (B, M) or None. With
+    placed=True the coordinates (B, N, 2) and (B, M, 2) are needed, otherwise they are not used.
     Raises ValueError if dim is not a multiple of num_heads, or of 4 * num_heads with placed=True.
     """
 
@@ -99,45 +97,47 @@ class Attention(nn.Module):
         super().__init__()
         multiple = 4 * num_heads if placed else num_heads
         if dim % multiple:
-            raise ValueError(f"latent_dim ({dim}) must be a multiple of {multiple} with "
-                             f"{num_heads} heads")
-        self.num_heads, self.placed = num_heads, placed
+            raise ValueError(f"latent_dim ({dim}) must be a multiple of {multiple}, for "
+                             f"num_heads ({num_heads})")
+        self.num_heads = num_heads
         self.to_q = nn.Linear(dim, dim, bias=False)
-        self.to_kv = nn.Linear(dim, 2 * dim, bias=False)
+        self.to_k = nn.Linear(dim, dim, bias=False)
+        self.to_v = nn.Linear(dim, dim, bias=False)
         self.to_out = nn.Linear(dim, dim)
+        self.log_reach = None
         if placed:  # at first from 0.7 to 4 pixels of an image of 32 x 32
-            first, last = math.log(0.7 / 31), math.log(4 / 31)
-            self.log_reach = nn.Parameter(torch.linspace(first, last, num_heads))
+            reach = torch.logspace(math.log10(0.7 / 31), math.log10(4 / 31), num_heads)
+            self.log_reach = nn.Parameter(reach.log())
 
     def forward(self, x, context, x_coords=None, context_coords=None, log_w=None):
-        q = self.split_heads(self.to_q(x))                                # (B, heads, N, d)
-        k, v = self.to_kv(context).chunk(2, dim=-1)
-        k, v = self.split_heads(k), self.split_heads(v)                   # (B, heads, M, d)
+        q = self.split_heads(self.to_q(x))                                 # (B, heads, N, d)
+        k = self.split_heads(self.to_k(context))                           # (B, heads, M, d)
+        v = self.split_heads(self.to_v(context))
         d = q.shape[-1]
         q = q / math.sqrt(d)
         if log_w is None:
             log_w = k.new_zeros(len(k), k.shape[2])
-        # What is added to q . k goes into a few more columns of q and k, since it is a product of
-        # something of i and something of j, too: no matrix of distances is stored.
         log_w = log_w[:, None, :, None].expand(*k.shape[:3], 1).to(k.dtype)
         one = q.new_ones(*q.shape[:3], 1)
-        if self.placed:
-            # -|p - p'|^2 = 2 p . p' - |p'|^2 - |p|^2, and the softmax cancels the last term, which
-            # is the same for all j. Measured from the centre, coordinates lose fewer digits.
-            p = x_coords[:, None] - 0.5                                   # (B, 1, N, 2)
-            p_context = (context_coords[:, None] - 0.5).expand(*k.shape[:3], 2)
-            precision = torch.exp(-2 * self.log_reach)[:, None, None]     # 1 / reach^2
-            squared = p_context.square().sum(-1, keepdim=True)            # (B, heads, M, 1)
-            q = torch.cat([*rotate(q, x_coords), precision * p, one], dim=-1)
-            k = torch.cat([*rotate(k, context_coords), p_context, log_w - precision / 2 * squared],
-                          dim=-1)
-        else:
+        # What is added to q . k is a product of something of i and something of j as well, so it
+        # becomes a few more columns of q and k, and no matrix of distances is stored.
+        if self.log_reach is None:
             q = torch.cat([q, one], dim=-1)
             k = torch.cat([k, log_w], dim=-1)
+        else:
+            # -|p - p'|^2 = 2 p . p' - |p'|^2 - |p|^2, and the softmax cancels the last term, which
+            # is the same for all j. Measured from the centre, coordinates lose fewer digits.
+            p = x_coords[:, None] - 0.5                                    # (B, 1, N, 2)
+            p_context = (context_coords[:, None] - 0.5).expand(*k.shape[:3], 2)
+            squared = p_context.square().sum(dim=-1, keepdim=True)         # (B, heads, M, 1)
+            precision = torch.exp(-2 * self.log_reach)[:, None, None]      # 1 / reach^2
+            falls = log_w - precision / 2 * squared
+            q = torch.cat([*rotate(q, x_coords), precision * p, one], dim=-1)
+            k = torch.cat([*rotate(k, context_coords), p_context, falls], dim=-1)
         v = F.pad(v, (0, q.shape[-1] - d))  # the fast kernels need one width for q, k and v
         with torch.autocast(x.device.type, enabled=False):  # bf16 would round the distances
             y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), scale=1.0)
-        return self.to_out(y[..., :d].transpose(1, 2).flatten(2))         # (B, N, dim)
+        return self.to_out(y[..., :d].transpose(1, 2).flatten(2))          # (B, N, dim)
 
     def split_heads(self, x):
         """(B, N, dim) -> (B, heads, N, dim / heads)."""
@@ -147,18 +147,17 @@ class Attention(nn.Module):
 def rotate(x, coords):
     """Rotary embedding in two dimensions. Su et al. (2021), arXiv 2104.09864, section 3.2.
 
-    Pairs of numbers of x are turned by angles that grow with the coordinates: half of the pairs
-    with x, half with y, with wavelengths from 0.08 to 1.3 of the image's side (2.5 to 40 pixels of
-    32). The dot product of two rotated vectors depends on the difference of their places only, so
-    a query can look for "two pixels to the left".
+    Pairs of numbers are turned by angles that grow with the coordinates: half of them with x, half
+    with y, at wavelengths from 0.08 to 1.3 of the image's side. The dot product of two vectors
+    then depends on where they are to each other: a query can look for "two pixels to the left".
 
     x (B, heads, N, d), coords (B, N, 2) -> the two halves, each (B, heads, N, d / 2).
     """
     wavelengths = torch.logspace(math.log10(0.08), math.log10(1.3), x.shape[-1] // 4)
-    angle = 2 * math.pi * coords[..., None] / wavelengths.to(coords)      # (B, N, 2, d / 4)
-    angle = angle.flatten(2)[:, None]                                     # (B, 1, N, d / 2)
-    first, second = x.chunk(2, dim=-1)
+    angle = 2 * math.pi * coords[..., None] / wavelengths.to(coords)       # (B, N, 2, d / 4)
+    angle = angle.flatten(2)[:, None]                                      # (B, 1, N, d / 2)
     cos, sin = angle.cos(), angle.sin()
+    first, second = x.chunk(2, dim=-1)
     return first * cos - second * sin, first * sin + second * cos
 
 
@@ -166,7 +165,6 @@ class Block(nn.Module):
     """A pre-norm transformer block: attention, then an MLP, each added to its input.
 
     x (B, N, dim) attends to context (B, M, dim), or to itself if that is None -> (B, N, dim).
-    The other arguments are those of Attention.
     """
 
     def __init__(self, dim, num_heads, dropout=0.0, placed=False, cross=False):
@@ -194,11 +192,9 @@ class PerceiverIO(nn.Module):
     Latents read the inputs (encoder), then each other (processor); queries read the latents
     (decoder). The cost grows like num_latents * (N + M) and not like (N + M)^2.
 
-    num_latents None: the latents are placed where the inputs are. Each starts as its input and
-    attends by distance, so interpolation is there from the first step. A number: that many learned
-    vectors without a place, as in the paper, which must find out from the Fourier features what
-    "near" means.
-
+    num_latents=None places a latent at each input: it starts as that input and attends by distance,
+    so it can interpolate from the first step. A number takes so many learned vectors without a
+    place, as in the paper: they must learn what "near" means from the Fourier features.
     Raises ValueError as Attention does.
     """
 
@@ -223,17 +219,17 @@ class PerceiverIO(nn.Module):
         """inputs (B, N, input_dim), queries (B, M, query_dim) -> (B, M, output_dim).
 
         Coordinates (B, N, 2) and (B, M, 2) in [0, 1]. log_w (B, 1): if given, the latents read the
-        queries, too, with their attention weights multiplied by w.
+        queries, too, with the weights of these multiplied by w.
         """
         inputs, queries = self.embed_inputs(inputs), self.embed_queries(queries)
+        context, context_coords = inputs, input_coords
+        if log_w is not None:
+            context = torch.cat([inputs, queries], dim=1)                  # (B, N + M, dim)
+            context_coords = torch.cat([input_coords, query_coords], dim=1)
+            log_w = F.pad(log_w.expand(-1, queries.shape[1]), (inputs.shape[1], 0))
         latents, latent_coords = inputs, input_coords
         if self.latents is not None:
             latents, latent_coords = self.latents.expand(len(inputs), -1, -1), None
-        context, context_coords = inputs, input_coords
-        if log_w is not None:
-            context = torch.cat([inputs, queries], dim=1)                 # (B, N + M, dim)
-            context_coords = torch.cat([input_coords, query_coords], dim=1)
-            log_w = F.pad(log_w.expand(-1, queries.shape[1]), (inputs.shape[1], 0))
         latents = self.encoder(latents, latent_coords, context, context_coords, log_w)
         for block in self.processor:
             latents = block(latents, latent_coords)
@@ -241,23 +237,23 @@ class PerceiverIO(nn.Module):
         return self.to_values(self.norm_out(outputs))
 
 
-# -------------------------------------------------------------------- priors: before any learning
+# ---------------------------------------------------------------- what is known before any learning
 class GaussianField(nn.Module):
     """Posterior mean of an image, given clean and noisy pixels, if it were a Gaussian random field.
 
-    Such a field knows only how alike any two pixels are: their covariance. Its best guess for all
-    pixels, given values y at some, is one linear system, known as kriging:
+    Such a field knows only how alike any two pixels are: their covariance K. Its best guess for all
+    pixels, given values y at some of them, is the solution of a linear system, known as kriging:
 
         posterior_mean = K(all, seen) (K(seen, seen) + D)^-1 y      Rasmussen & Williams, eq. 2.25
 
-    with the noise variances of y on the diagonal of D. Attention is its learned cousin: the same
-    weighted sum of values, with weights that a network finds.
+    with the noise variances of y on the diagonal of D. Attention is its learned cousin: again a
+    weighted sum of values, but with weights that a network finds.
 
     covariance: (P, P) between the P = side * side pixels of the image, mean of the diagonal 1. The
     covariance of channel c is this times variance_c, which is estimated from the input pixels.
     """
 
-    jitter = 1e-3       # noise of the clean pixels, in units of variance_c: K stays invertible
+    jitter = 1e-3       # noise of the clean pixels, in units of variance_c: keeps K invertible
     unexplained = 0.07  # share of the variance that is left when 20% of the pixels are known
 
     def __init__(self, covariance):
@@ -267,36 +263,36 @@ class GaussianField(nn.Module):
     def forward(self, input_coords, y_in, output_coords, y_t=None, noise_variance=None):
         """y_in (B, N_in, C): the clean pixels less their mean, at coordinates (B, N_in, 2).
 
-        y_t (B, N_out, C): the noisy ones, with noise of variance (B, 1, 1), or None.
-        Returns the posterior mean on the grid (B, C, side, side) and at the outputs (B, N_out, C),
-        and variance (B, 1, C). Raises torch.linalg.LinAlgError (a RuntimeError) if the covariance
-        is not positive definite.
+        y_t (B, N_out, C): the noisy ones, with noise of variance noise_variance (B, 1, 1), or None.
+        Returns posterior means on the grid (B, C, side, side) and at the outputs (B, N_out, C), and
+        variance (B, 1, C). Raises torch.linalg.LinAlgError (a RuntimeError) if the covariance is
+        not positive definite.
         """
         side = math.isqrt(len(self.covariance))
-        places = corners(input_coords, side)
+        seen = corners(input_coords, side)
         noise = torch.full_like(y_in[..., :1], self.jitter)                # (B, N_in, 1)
-        weights = self.solve(places, noise, y_in)                          # (B, N_in, C)
+        weights = self.solve(seen, noise, y_in)                            # (B, N_in, C)
         # maximum likelihood, y^T K^-1 y / N, as if two more pixels of variance 0.05 had been seen:
         # otherwise an image of one colour would have none
-        likelihood = (y_in * weights).sum(dim=1, keepdim=True)
-        variance = (likelihood + 2 * 0.05) / (y_in.shape[1] + 2)           # (B, 1, C)
+        quadratic = (y_in * weights).sum(dim=1, keepdim=True)
+        variance = (quadratic + 2 * 0.05) / (y_in.shape[1] + 2)             # (B, 1, C)
         if y_t is not None:  # the same system with all N = N_in + N_out pixels
             noise_t = noise_variance / variance
             noise = torch.cat([noise.expand_as(y_in), noise_t.expand_as(y_t)], dim=1)
-            places = corners(torch.cat([input_coords, output_coords], dim=1), side)
-            weights = self.solve(places, noise, torch.cat([y_in, y_t], dim=1))
-        image = splat(places, weights, side**2) @ self.covariance          # (B, C, P)
+            seen = corners(torch.cat([input_coords, output_coords], dim=1), side)
+            weights = self.solve(seen, noise, torch.cat([y_in, y_t], dim=1))
+        image = splat(seen, weights, side**2) @ self.covariance            # (B, C, P)
         image = image.unflatten(2, (side, side))
         return image, read_at(image, output_coords), variance
 
-    def solve(self, places, noise, y):
-        """(K + D)^-1 y for N places, noise (B, N, C or 1) and y (B, N, C): (B, N, C)."""
-        indices, weights = places                                          # (B, N, 1 or 4)
+    def solve(self, seen, noise, y):
+        """(K + D)^-1 y for N places `seen`, noise (B, N, C or 1), y (B, N, C)."""
+        indices, shares = seen                                             # (B, N, 1 or 4)
         K = 0
-        for i in range(indices.shape[2]):
-            for j in range(indices.shape[2]):
-                pairs = self.covariance[indices[:, :, None, i], indices[:, None, :, j]]
-                K = K + weights[:, :, None, i] * weights[:, None, :, j] * pairs
+        for i, share in zip(indices.unbind(2), shares.unbind(2)):
+            for j, other in zip(indices.unbind(2), shares.unbind(2)):
+                pairs = self.covariance[i[:, :, None], j[:, None, :]]      # (B, N, N)
+                K = K + share[:, :, None] * other[:, None, :] * pairs
         K = K[:, None].repeat(1, noise.shape[2], 1, 1)                     # (B, C or 1, N, N)
         K.diagonal(dim1=2, dim2=3).add_(noise.mT)
         factor = torch.linalg.cholesky(K)
@@ -304,36 +300,34 @@ class GaussianField(nn.Module):
 
 
 class IndependentPixels(nn.Module):
-    """The same posterior if pixels had nothing to do with each other: K is the identity.
+    """The same posterior if no pixel said anything about another: the covariance is the identity.
 
-    The equation above then holds for each pixel alone: y shrinks towards 0 by the factor
-    variance / (variance + noise). This is what is left to say of x_t without the Gaussian field.
+    The equation above then holds for each pixel alone: a noisy value shrinks towards the mean by
+    the factor variance / (variance + noise). It takes the place of a Gaussian field left out.
     """
 
-    unexplained = 0.36  # 0.6^2: neighbours explain most of a pixel
+    unexplained = 0.36  # of a pixel's variance, once its neighbours are known
 
     def __init__(self, side):
         super().__init__()
         self.side = side
 
     def forward(self, input_coords, y_in, output_coords, y_t=None, noise_variance=None):
-        """As in GaussianField."""
-        B, N_in, C = y_in.shape
-        variance = (y_in.square().sum(dim=1, keepdim=True) + 2 * 0.05) / (N_in + 2)
-        y_out = y_in.new_zeros(B, output_coords.shape[1], C)
+        """Arguments and results are those of GaussianField."""
+        variance = (y_in.square().sum(dim=1, keepdim=True) + 2 * 0.05) / (y_in.shape[1] + 2)
+        y_out = y_in.new_zeros(*output_coords.shape[:2], y_in.shape[2])
         if y_t is not None:
             y_out = variance / (variance + noise_variance) * y_t
-        pixels = nearest_pixel(torch.cat([output_coords, input_coords], dim=1), self.side)
-        image = scatter(pixels, torch.cat([y_out, y_in], dim=1), self.side**2)
-        return image.unflatten(2, (self.side, self.side)), y_out, variance
+        image = scatter(output_coords, y_out, self.side)
+        image = image + scatter(input_coords, y_in, self.side)
+        return image, y_out, variance
 
 
 # ------------------------------------------------------------------------------------------ U-Net
 class UNet(nn.Module):
     """3 x 3 convolutions at full, half, ... resolution, one width for each. Ronneberger et al.
 
-    At full resolution a convolution sees neighbours; two levels further down the same nine weights
-    reach four times as far.
+    At half the resolution the same nine weights reach twice as far.
 
     (B, channels, H, W) -> (B, widths[0], H, W); H and W must be divisible by
     2^(len(widths) - 1). Skip connections are added, not concatenated.
@@ -341,16 +335,14 @@ class UNet(nn.Module):
 
     def __init__(self, channels, widths):
         super().__init__()
-        self.first = nn.Conv2d(channels, widths[0], 3, padding=1)
-        self.before, self.after = nn.ModuleList(), nn.ModuleList()
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        for width in widths:
-            self.before.append(nn.Conv2d(width, width, 3, padding=1))
-        for width, deeper in zip(widths, widths[1:]):
-            self.down.append(nn.Conv2d(width, deeper, 3, padding=1, stride=2))
-            self.up.append(nn.Conv2d(deeper, width, 1))
-            self.after.append(nn.Conv2d(width, width, 3, padding=1))
-        self.bottom = nn.Conv2d(widths[-1], widths[-1], 3, padding=1)
+        conv = lambda a, b, stride=1: nn.Conv2d(a, b, 3, stride, padding=1)
+        pairs = list(zip(widths, widths[1:]))
+        self.first = conv(channels, widths[0])
+        self.before = nn.ModuleList(conv(a, a) for a in widths)
+        self.down = nn.ModuleList(conv(a, b, stride=2) for a, b in pairs)
+        self.bottom = conv(widths[-1], widths[-1])
+        self.up = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in pairs)
+        self.after = nn.ModuleList(conv(a, a) for a, _ in pairs)
 
     def forward(self, x):
         x = self.first(x.contiguous(memory_format=torch.channels_last))
@@ -385,14 +377,13 @@ class NFDenoiser(nn.Module):
             raise ValueError(f"parts must be one or more of {', '.join(PARTS)}, got {parts}")
         if "unet" in parts and side % 2 ** (len(widths) - 1):
             raise ValueError(f"side must be divisible by {2 ** (len(widths) - 1)}, got {side}")
-        self.side, self.unet, self.perceiver = side, None, None
         self.register_buffer("alphas_cumprod", alphas_cumprod.detach().float().cpu())
+        self.side, self.unet, self.perceiver = side, None, None
+        self.prior = IndependentPixels(side)
         if "gaussian" in parts:
             if covariance is None:
                 covariance = exponential_covariance(side)
             self.prior = GaussianField(covariance.detach().float().cpu())
-        else:
-            self.prior = IndependentPixels(side)
         if "unet" in parts:
             self.unet = UNet(channels + 3, widths)
             self.unet_to_values = nn.Linear(widths[0], channels)
@@ -404,9 +395,9 @@ class NFDenoiser(nn.Module):
             query_dim = input_dim + (widths[0] if self.unet else 0)
             self.perceiver = PerceiverIO(input_dim, query_dim, channels, **perceiver)
             nn.init.normal_(self.perceiver.to_values.weight, std=0.01)
-        # Red, green and blue rise and fall together. Rotated to brightness, red against blue and
-        # green against both (columns, orthonormal) they are hardly correlated, so each can have a
-        # variance of its own. All computations are in these colours.
+        # Red, green and blue rise and fall together. Brightness, red against blue, and green
+        # against both (columns, orthonormal) hardly do, so each can have a variance of its own:
+        # everything is computed in these colours.
         colours = torch.tensor([[1.0, 1, 1], [1, 0, -2], [1, -1, 1]])
         colours = colours / colours.norm(dim=0) if channels == 3 else torch.eye(channels)
         self.register_buffer("colours", colours, persistent=False)
@@ -416,82 +407,66 @@ class NFDenoiser(nn.Module):
 
         noisy_output_values: x_t (B, N_out, C); or None for pure noise (t = T - 1), so that nothing
         is computed from it. output_coords (B, N_out, 2), input_coords (B, N_in, 2): clamped to
-        [0, 1]; the U-Net sees its masks at the nearest pixels, the other parts use exact places.
-        t: (B,) in 0..T-1. input_values: (B, N_in, C) in [-1, 1], clean.
+        [0, 1]. t: (B,) in 0..T-1. input_values: (B, N_in, C) in [-1, 1], clean.
         Returns x_0_hat (B, N_out, C). Raises ValueError for other shapes or N_in = 0.
         """
-        x_t = noisy_output_values
+        x_t, t = noisy_output_values, t.long()
         check_shapes(x_t, output_coords, t, input_coords, input_values, len(self.colours))
         input_coords, output_coords = input_coords.clamp(0, 1), output_coords.clamp(0, 1)
-        t = t.long()
         alpha_bar = self.alphas_cumprod[t][:, None, None]                  # (B, 1, 1)
-        with torch.autocast(t.device.type, enabled=False), torch.no_grad():
+        exact = torch.autocast(t.device.type, enabled=False)  # linear algebra needs float32
+        with exact, torch.no_grad():
             x_in = input_values @ self.colours
             mean = x_in.mean(dim=1, keepdim=True)                          # (B, 1, C)
             y_in, y_t = x_in - mean, None
-            # x_t / sqrt(alpha_bar) = x_0 + noise of this variance (DDPM, eq. 4)
+            # DDPM, eq. 4: x_t / sqrt(alpha_bar) = x_0 + noise of this variance
             noise_variance = (1 - alpha_bar) / alpha_bar
             if x_t is not None:
                 y_t = (x_t @ self.colours) / alpha_bar.sqrt() - mean
             y_image, y_out, variance = self.prior(input_coords, y_in, output_coords, y_t,
                                                   noise_variance)
-            # The error that is left: x_0 is known to `unexplained` from its neighbours and to
-            # noise_variance from x_t. With this scale the network's answer has a variance of about
-            # 1 at every t: it is c_out of Karras et al. (2022, arXiv 2206.00364), table 1.
+            # x_0 is known up to `unexplained` from its neighbours and up to noise_variance from
+            # x_t. Scaled by what is left, the network's answers have the same size at every t: this
+            # is c_out of Karras et al. (2022, arXiv 2206.00364), table 1.
             unexplained = self.prior.unexplained * variance
             std = (unexplained * noise_variance / (unexplained + noise_variance)).sqrt()
             contrast = variance.sqrt()                                     # (B, 1, C)
 
-        answer, features = torch.zeros_like(y_out), None
+        answer, features = torch.zeros_like(y_out), []
         if self.unet:
-            image = self.unet_input(y_image / contrast.mT[..., None], output_coords, alpha_bar,
-                                    input_coords)
-            features = read_at(self.unet(image), output_coords).relu()     # (B, N_out, widths[0])
-            answer = answer + self.unet_to_values(features)
+            planes = [y_image / contrast.mT[..., None],                    # (B, C, side, side)
+                      scatter(input_coords, torch.ones_like(x_in[..., :1]), self.side),
+                      scatter(output_coords, alpha_bar.expand_as(y_out[..., :1]), self.side),
+                      alpha_bar.sqrt()[..., None].expand(-1, -1, self.side, self.side)]
+            image = self.unet(torch.cat(planes, dim=1))
+            features = [read_at(image, output_coords).relu()]              # (B, N_out, widths[0])
+            answer = answer + self.unet_to_values(features[0])
         if self.perceiver:
-            inputs = self.describe(input_coords, y_in / contrast, t)
-            queries = self.describe(output_coords, y_out / contrast, t, features)
-            # A noisy pixel tells less: its weight in a softmax is multiplied by alpha_bar.
+            time = self.embed_time(t)[:, None, :]                          # (B, 1, 64)
+            inputs = [self.fourier(input_coords), y_in / contrast,
+                      time.expand(-1, y_in.shape[1], -1)]
+            queries = [self.fourier(output_coords), y_out / contrast,
+                       time.expand(-1, y_out.shape[1], -1)]
+            # a noisy pixel tells less: its weight in a softmax is multiplied by alpha_bar
             log_w = None if x_t is None else alpha_bar[:, 0].log()
-            answer = answer + self.perceiver(inputs, input_coords, queries, output_coords, log_w)
-        with torch.autocast(t.device.type, enabled=False):
+            answer = answer + self.perceiver(torch.cat(inputs, dim=2), input_coords,
+                                             torch.cat(queries + features, dim=2), output_coords,
+                                             log_w)
+        with exact:
             return (mean + y_out + std * answer.float()) @ self.colours.T
-
-    def unet_input(self, y_image, output_coords, alpha_bar, input_coords):
-        """The planes that the U-Net sees: (B, C + 3, side, side).
-
-        The image so far, where there are input pixels, where there are noisy pixels and how much
-        they tell, and the noise level.
-        """
-        pixels, N_in, N_out = self.side**2, input_coords.shape[1], output_coords.shape[1]
-        input_mask = scatter(nearest_pixel(input_coords, self.side),
-                             torch.ones_like(input_coords[..., :1]), pixels)
-        output_mask = scatter(nearest_pixel(output_coords, self.side),
-                              alpha_bar.expand(-1, N_out, 1), pixels)
-        level = alpha_bar.sqrt().expand(-1, 1, pixels)
-        masks = torch.cat([input_mask, output_mask, level], dim=1)
-        return torch.cat([y_image, masks.unflatten(2, (self.side, self.side))], dim=1)
-
-    def describe(self, coords, values, t, features=None):
-        """One vector for each pixel: where it is, its value, the time, and what the U-Net saw."""
-        time = self.embed_time(t)[:, None, :].expand(-1, coords.shape[1], -1)
-        vectors = [self.fourier(coords), values, time]
-        if features is not None:
-            vectors.append(features)
-        return torch.cat(vectors, dim=2)
 
 
 # ------------------------------------------------------------------------------ loss and sampling
 def nf_loss(model, schedule, split, pure_noise, rows=slice(None)):
     """DDPM, algorithm 1, for x_0 instead of eps: mean (x_0_hat - x_0)^2 for one draw of t and eps.
 
-    split: of data.sparse_split. pure_noise: t = T - 1 for all, where x_t says nothing: this trains
-    the one-step mean. Otherwise t is uniform in 0..T-1, as a sampler needs it: only 1 of 1,000 of
-    these draws would be at T - 1, so a batch is best trained half on each.
-    rows: which images of the batch to use. t and eps are drawn for all of them, so that processes
-    that share a batch see the same numbers as one.
+    split: of data.sparse_split. pure_noise: t = T - 1, where x_t says nothing; this trains the
+    one-step mean. Otherwise t is uniform in 0..T-1, as sampling needs it, but only 1 of 1,000 such
+    draws is at T - 1: so train.py trains with both, half of each batch with either.
+    rows: the images to use. t and eps are drawn for all of them, so that processes that share a
+    batch see the same numbers as one process alone.
     """
-    x_0, T = split["output_values"], schedule.num_timesteps
+    x_0, T = split["output_values"], schedule.timesteps
     t = torch.randint(T - 1 if pure_noise else 0, T, (len(x_0),), device=x_0.device)
     x_t = None
     if not pure_noise:
@@ -507,43 +482,41 @@ def one_step_mean(model, schedule, output_coords, input_coords, input_values):
 
     It is the mean of two, for the pixels as they are and for their mirror image: + 0.04 dB.
     """
-    t = torch.full((len(input_values),), schedule.num_timesteps - 1, device=input_values.device)
+    t = torch.full((len(input_values),), schedule.timesteps - 1, device=input_values.device)
     x_0_hat = model(None, output_coords, t, input_coords, input_values)
-    mirrored = model(None, mirror(output_coords), t, mirror(input_coords), input_values)
+    flip = lambda coords: torch.stack([1 - coords[..., 0], coords[..., 1]], dim=-1)
+    mirrored = model(None, flip(output_coords), t, flip(input_coords), input_values)
     return (x_0_hat + mirrored) / 2
 
 
 def ddim_sample(model, schedule, output_coords, input_coords, input_values, num_steps=50, eta=0.0,
                 generator=None, on_step=None):
-    """Draw output values: schedule.ddim, from a Gaussian random field at output_coords.
+    """Draw output values: from Gaussian noise at output_coords, by schedule.ddim.
 
     output_coords (B, N_out, 2), input_coords (B, N_in, 2), input_values (B, N_in, C) in [-1, 1].
     Returns (B, N_out, C), not clamped. Other arguments and errors are those of schedule.ddim.
     """
-    from schedule import ddim_sample as ddim
+    from schedule import ddim
     x_T = standard_normal(output_coords, input_values, generator)
     denoise = lambda x_t, t: model(x_t, output_coords, t, input_coords, input_values)
     return ddim(denoise, schedule, x_T, num_steps, eta, generator, on_step)
 
 
-# ================================================= below: sizes, covariances, points and pixels
-SIZES = {  # --size; "full" has the Perceiver IO of the original design
-    "small": dict(widths=(48, 96, 128), num_latents=None, latent_dim=64, num_fourier_feats=16,
-                  num_blocks=1, num_heads=4, dropout=0.0),
-    "medium": dict(widths=(64, 128, 192), num_latents=None, latent_dim=96, num_fourier_feats=16,
-                   num_blocks=2, num_heads=6, dropout=0.0),
-    "full": dict(widths=(96, 192, 384), num_latents=512, latent_dim=512, num_fourier_feats=256,
-                 num_blocks=6, num_heads=8, dropout=0.1),
-}
-
-
+# ======================================================== below: points and pixels, checks, sizes
 def ddpm_sample(model, schedule, output_coords, input_coords, input_values, generator=None,
                 on_step=None):
-    """The same with schedule.ddpm: all T timesteps."""
+    """Like ddim_sample, by schedule.ddpm."""
     from schedule import ddpm
     x_T = standard_normal(output_coords, input_values, generator)
     denoise = lambda x_t, t: model(x_t, output_coords, t, input_coords, input_values)
     return ddpm(denoise, schedule, x_T, generator, on_step)
+
+
+def standard_normal(coords, values, generator):
+    """N(0, 1) for each of coords (B, N, 2) and each channel of values (B, M, C): (B, N, C)."""
+    device = generator.device if generator else values.device
+    shape = *coords.shape[:2], values.shape[2]
+    return torch.randn(shape, generator=generator, device=device).to(values)
 
 
 def pixel_covariance(images):
@@ -569,66 +542,50 @@ def exponential_covariance(side, length=16 / 31):
     return torch.exp(-(coords[:, None] - coords).norm(dim=-1) / length)
 
 
-def nearest_pixel(coords, side):
-    """The index row * side + column of the nearest pixel; coords (B, N, 2) in [0, 1]: (B, N)."""
-    column, row = (coords * (side - 1)).round().long().unbind(-1)
-    return row * side + column
-
-
 def corners(coords, side):
     """The pixels around places (B, N, 2) in [0, 1], and their weights in bilinear interpolation.
 
-    Returns indices int64 and weights float, both (B, N, 4), or (B, N, 1) if every place is a pixel.
+    Returns indices row * side + column, int64, and weights, both (B, N, 4), or (B, N, 1) if every
+    place is a pixel.
     """
-    on_grid = nearest_pixel(coords, side)
     place = coords * (side - 1)
-    if (place - place.round()).abs().max() < 1e-3:
-        return on_grid[..., None], torch.ones_like(coords[..., :1])
+    low = place.round()
+    if (place - low).abs().max() < 1e-3:
+        column, row = low.long().unbind(-1)
+        return (row * side + column)[..., None], torch.ones_like(coords[..., :1])
     low = place.floor().clamp(max=side - 2)
-    right, down = (place - low).unbind(-1)                                 # (B, N), 0 to 1
     column, row = low.long().unbind(-1)
     first = row * side + column
+    right, down = (place - low).unbind(-1)                                 # (B, N), 0 to 1
+    left, up = 1 - right, 1 - down
     indices = torch.stack([first, first + 1, first + side, first + side + 1], dim=-1)
-    weights = torch.stack([(1 - right) * (1 - down), right * (1 - down), (1 - right) * down,
-                           right * down], dim=-1)
-    return indices, weights
+    return indices, torch.stack([left * up, right * up, left * down, right * down], dim=-1)
 
 
-def splat(places, values, pixels):
+def splat(seen, values, pixels):
     """The transpose of bilinear reading: values (B, N, C) added to an image (B, C, pixels)."""
-    indices, weights = places
-    shares = weights[..., None] * values[:, :, None]                       # (B, N, 4, C)
-    image = values.new_zeros(len(values), pixels, values.shape[2])
-    indices = indices.flatten(1)[..., None].expand(-1, -1, values.shape[2])
-    return image.scatter_add(1, indices, shares.flatten(1, 2)).mT
+    indices, shares = seen
+    values = shares[..., None] * values[:, :, None]                        # (B, N, 1 or 4, C)
+    values = values.flatten(1, 2).mT                                       # (B, C, N or 4 N)
+    image = values.new_zeros(*values.shape[:2], pixels)
+    return image.scatter_add(2, indices.flatten(1)[:, None].expand_as(values), values)
 
 
-def scatter(indices, values, pixels):
-    """Values (B, N, C) at indices (B, N) of an image, 0 elsewhere: (B, C, pixels).
+def scatter(coords, values, side):
+    """Values (B, N, C) at the pixels nearest to coords, 0 elsewhere: (B, C, side, side).
 
-    Of values with the same index, any one is kept.
+    Of values with the same pixel, any one is kept.
     """
-    channels = values.shape[2]
-    image = values.new_zeros(len(values), channels, pixels)
-    return image.scatter(2, indices[:, None].expand(-1, channels, -1), values.mT)
+    column, row = (coords * (side - 1)).round().long().unbind(-1)
+    indices = (row * side + column)[:, None].expand(-1, values.shape[2], -1)
+    image = values.new_zeros(len(values), values.shape[2], side * side)
+    return image.scatter(2, indices, values.mT).unflatten(2, (side, side))
 
 
 def read_at(image, coords):
     """Bilinear interpolation of image (B, C, H, W) at coords (B, N, 2) in [0, 1]: (B, N, C)."""
     grid = 2 * coords[:, :, None] - 1                                      # (B, N, 1, 2)
     return F.grid_sample(image.float(), grid, align_corners=True)[..., 0].mT
-
-
-def mirror(coords):
-    """Coordinates (B, N, 2) of the image that is flipped from left to right."""
-    return torch.stack([1 - coords[..., 0], coords[..., 1]], dim=-1)
-
-
-def standard_normal(coords, values, generator):
-    """N(0, 1) for each of coords (B, N, 2) and each channel of values (B, M, C): (B, N, C)."""
-    device = generator.device if generator else values.device
-    shape = *coords.shape[:2], values.shape[2]
-    return torch.randn(shape, generator=generator, device=device).to(values)
 
 
 def check_shapes(x_t, output_coords, t, input_coords, input_values, channels):
@@ -642,6 +599,16 @@ def check_shapes(x_t, output_coords, t, input_coords, input_values, channels):
     if N_in < 1 or shapes != needed:
         raise ValueError(f"x_t, output_coords, t, input_coords, input_values need the shapes "
                          f"{needed} and at least one input pixel, got {shapes}")
+
+
+SIZES = {  # --size; "full" has the Perceiver IO of the original design
+    "small": dict(widths=(48, 96, 128), num_latents=None, latent_dim=64, num_fourier_feats=16,
+                  num_blocks=1, num_heads=4, dropout=0.0),
+    "medium": dict(widths=(64, 128, 192), num_latents=None, latent_dim=96, num_fourier_feats=16,
+                   num_blocks=2, num_heads=6, dropout=0.0),
+    "full": dict(widths=(96, 192, 384), num_latents=512, latent_dim=512, num_fourier_feats=256,
+                 num_blocks=6, num_heads=8, dropout=0.1),
+}
 
 
 def main():

@@ -36,10 +36,10 @@ from PIL import Image
 from autoencoder import DenoisingAutoencoder, report_autoencoder
 from data import (fixed_order, heat, image_grid, load_dataset, off_grid_split, open_picture, run,
                   sparse_split, square_picture)
-from nf_denoiser import (GaussianField, NFDenoiser, exponential_covariance, one_step_mean,
-                         scatter)
+from nf_denoiser import (GaussianField, NFDenoiser, ddim_sample, ddpm_sample,
+                         exponential_covariance, one_step_mean)
 from noise import psnr, ssim
-from schedule import DiffusionSchedule, ddim_sample, ddpm_sample
+from schedule import DiffusionSchedule
 
 SHIPPED = Path(__file__).resolve().parent / "assets" / "nf_medium.pt"
 KEYS = ("kind", "config", "settings", "schedule", "data", "step")  # of every checkpoint
@@ -95,11 +95,13 @@ def where(split):
 def assemble(split, values=None):
     """Images (B, C, H, W) in [-1, 1]: the input pixels of a split, and values (B, N, C) at its
     first N outputs; grey elsewhere."""
-    image = scatter(split["input_indices"], split["input_values"], split["full_image"][0, 0].numel())
+    image = torch.zeros_like(split["full_image"]).flatten(2).mT            # (B, H * W, C)
+    image = image.scatter(1, split["input_indices"][..., None].expand_as(split["input_values"]),
+                          split["input_values"])
     if values is not None:
-        indices = split["output_indices"][:, None, :values.shape[1]].expand(-1, image.shape[1], -1)
-        image = image.scatter(2, indices, values.clamp(-1, 1).mT)
-    return image.view_as(split["full_image"])
+        indices = split["output_indices"][:, :values.shape[1], None].expand_as(values)
+        image = image.scatter(1, indices, values.clamp(-1, 1))
+    return image.mT.view_as(split["full_image"])
 
 
 @torch.no_grad()

@@ -8,68 +8,78 @@ Timesteps         0 (almost clean) to T - 1 (almost pure noise); -1: clean data,
     python schedule.py                     # alpha_bar_t of both schedules: out/schedule.png
 
 DDPM: Ho et al. (2020, arXiv 2006.11239). DDIM: Song et al. (2021, arXiv 2010.02502). Improved
-DDPM: Nichol & Dhariwal (2021, arXiv 2102.09672). Needs only torch and Pillow: copy it anywhere.
+DDPM: Nichol & Dhariwal (2021, arXiv 2102.09672). Needs torch; the picture needs data.py, too.
 """
 import argparse
 import math
-import sys
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw
+import torch.nn.functional as F
 
 
 def cosine_beta_schedule(timesteps, s=0.008):
     """Betas for which alpha_bar follows a squared cosine. Improved DDPM, eq. 17.
 
-    timesteps: T, 1 to 10,000. s: an offset that keeps the first betas from being tiny.
-    Returns float64 (T,), clipped to [0.0001, 0.9999]. Raises ValueError for a T out of range.
+    Linear betas spend their last fifth on almost pure noise; the cosine spreads the loss of signal
+    over all steps. The offset s keeps the first betas from being tiny, clipping the last below 1.
+    timesteps: T, 1 to 10,000. Returns float64 (T,). Raises ValueError for a T out of range.
     """
-    _check_timesteps(timesteps)
+    check_timesteps(timesteps)
     u = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
     alpha_bar = torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2
-    return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(0.0001, 0.9999)
+    betas = 1 - alpha_bar[1:] / alpha_bar[:-1]
+    return betas.clamp(0.0001, 0.9999)
 
 
 def linear_beta_schedule(timesteps, beta_start=0.0001, beta_end=0.02):
-    """Betas on a straight line from beta_start to beta_end, both in (0, 1). DDPM, section 4.
+    """Betas on a straight line from beta_start to beta_end. DDPM, section 4.
 
+    The two ends, in (0, 1), are for 1,000 steps. Fewer steps must add as much noise in total, so
+    betas are scaled by 1000 / T, as in the code of Improved DDPM, and clipped to 0.9999.
     timesteps: T, 1 to 10,000. Returns float64 (T,). Raises ValueError for values out of range.
     """
-    _check_timesteps(timesteps)
+    check_timesteps(timesteps)
     if not (0 < beta_start < 1 and 0 < beta_end < 1):
         raise ValueError(f"betas must lie between 0 and 1, got {beta_start} to {beta_end}")
-    return torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64)
-
-
-def _check_timesteps(timesteps):
-    if not 1 <= timesteps <= 10_000:
-        raise ValueError(f"a schedule needs 1 to 10,000 timesteps, got {timesteps}")
+    betas = torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64)
+    scale = 1000 / timesteps
+    return (scale * betas).clamp(max=0.9999)
 
 
 class DiffusionSchedule:
     """The constants of a noise schedule, float64 tensors (T,), and the steps that use them.
 
     timesteps: T, 1 to 10,000. beta_schedule: "cosine" or "linear". Raises ValueError for others.
-    x_0, x_t, noise and the results are float (B, ...) of one shape; noise is N(0, I), drawn by a
-    step if it is None. A timestep is an int (IndexError out of range) or an int64 tensor (B,).
+    x_0, x_t, noise and the results are float (B, ...) of one shape. A timestep t is an int
+    (IndexError if out of range) or a tensor (B,), int64 or float (rounded down).
     """
 
     def __init__(self, timesteps=1000, beta_schedule="cosine"):
-        make_betas = {"cosine": cosine_beta_schedule, "linear": linear_beta_schedule}
-        if beta_schedule not in make_betas:
+        if beta_schedule == "cosine":
+            betas = cosine_beta_schedule(timesteps)
+        elif beta_schedule == "linear":
+            betas = linear_beta_schedule(timesteps)
+        else:
             raise ValueError(f"beta_schedule must be cosine or linear, got {beta_schedule!r}")
-        self.num_timesteps = timesteps
-        self.betas = make_betas[beta_schedule](timesteps)
-        self.alphas = 1 - self.betas
-        self.alphas_cumprod = self.alphas.cumprod(0)
-        self.alphas_cumprod_prev = torch.cat([torch.ones(1), self.alphas_cumprod[:-1]])
+        self.timesteps = timesteps                    # T
+        self.betas = betas                            # beta_t: variance of the noise that t adds
+        self.alphas = 1 - betas                       # alpha_t: share of the variance that it keeps
+        self.alphas_cumprod = self.alphas.cumprod(0)  # alpha_bar_t: share left after 0, 1, ..., t
+        # alpha_bar_{t-1}: 1, clean data, before timestep 0
+        self.alphas_cumprod_prev = F.pad(self.alphas_cumprod[:-1], (1, 0), value=1.0)
+        # DDPM, eq. 4: x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps
         self.sqrt_alphas_cumprod = self.alphas_cumprod.sqrt()
         self.sqrt_one_minus_alphas_cumprod = (1 - self.alphas_cumprod).sqrt()
+        # solved for x_0: x_0 = sqrt(1 / alpha_bar_t) x_t - sqrt(1 / alpha_bar_t - 1) eps
         self.sqrt_recip_alphas_cumprod = (1 / self.alphas_cumprod).sqrt()
         self.sqrt_recipm1_alphas_cumprod = (1 / self.alphas_cumprod - 1).sqrt()
-        self.posterior_variance = (self.betas * (1 - self.alphas_cumprod_prev)
-                                   / (1 - self.alphas_cumprod))  # eq. 7 of DDPM; 0 at t = 0
+        # DDPM, eq. 6 and 7: q(x_{t-1} | x_t, x_0) = N(coef_x_0 x_0 + coef_x_t x_t, variance)
+        noise_t = 1 - self.alphas_cumprod             # variance of the noise in x_t
+        noise_prev = 1 - self.alphas_cumprod_prev     # and in x_{t-1}
+        self.posterior_mean_coef_x_0 = self.alphas_cumprod_prev.sqrt() * betas / noise_t
+        self.posterior_mean_coef_x_t = self.alphas.sqrt() * noise_prev / noise_t
+        self.posterior_variance = betas * noise_prev / noise_t
         self.posterior_log_variance = self.posterior_variance.clamp(min=1e-20).log()
 
     def to(self, device):
@@ -80,146 +90,138 @@ class DiffusionSchedule:
                 setattr(self, name, value.to(device, dtype))
         return self
 
+    def index(self, t, x, lowest=0):
+        """t as int64 (B or 1, 1, ..., 1), so that constant[t] multiplies items of x (B, ...)."""
+        if isinstance(t, int) and not lowest <= t < self.timesteps:
+            raise IndexError(f"t must be {lowest} or more and below {self.timesteps}, got {t}")
+        t = torch.as_tensor(t, device=x.device).long()
+        return t.view(-1, *[1] * (x.dim() - 1))
+
     def q_sample(self, x_0, t, noise):
-        """Noisy data x_t from clean data x_0. DDPM, eq. 4."""
-        return (_at(self.sqrt_alphas_cumprod, t, x_0) * x_0
-                + _at(self.sqrt_one_minus_alphas_cumprod, t, x_0) * noise).to(x_0.dtype)
+        """Noisy data x_t from clean data x_0, in one go for any t. DDPM, eq. 4."""
+        t = self.index(t, x_0)
+        signal = self.sqrt_alphas_cumprod[t] * x_0
+        noise = self.sqrt_one_minus_alphas_cumprod[t] * noise
+        return (signal + noise).to(x_0.dtype)
 
     def predict_eps(self, x_t, t, x_0):
         """The noise in x_t if x_0 is the clean data: DDPM, eq. 4, solved for eps."""
-        return ((_at(self.sqrt_recip_alphas_cumprod, t, x_t) * x_t - x_0)
-                / _at(self.sqrt_recipm1_alphas_cumprod, t, x_t)).to(x_t.dtype)
+        t = self.index(t, x_t)
+        scaled_eps = self.sqrt_recip_alphas_cumprod[t] * x_t - x_0
+        return (scaled_eps / self.sqrt_recipm1_alphas_cumprod[t]).to(x_t.dtype)
 
     def ddim_step(self, x_t, x_0, t, t_next, eta=0.0, noise=None):
-        """From timestep t to any earlier t_next, given the predicted x_0. DDIM, eq. 12 and 16.
+        """From timestep t to any earlier t_next, given the predicted x_0. DDIM, eq. 12.
 
-        t_next: below t; -1 is clean data. eta: 0 is deterministic; 1 with t_next = t - 1 is DDPM.
+        The prediction splits x_t into x_0_hat and eps_hat: jump to x_0_hat, then walk back along
+        eps_hat to the noise level of t_next. Only the two levels matter, not how many timesteps
+        lie between them, so steps can be left out.
+
+        t_next: below t; -1 is clean data. eta: how much of the noise is new; 0: none, 1 with
+        t_next = t - 1: as much as in DDPM. noise: N(0, I), drawn if it is None and eta is not 0.
         """
-        alpha_bar = _at(self.alphas_cumprod, t, x_t)
-        alpha_bar_next = _at(self.alphas_cumprod_prev, t_next + 1, x_t)  # 1 if t_next = -1
-        sigma = eta * ((1 - alpha_bar_next) / (1 - alpha_bar)  # eq. 16
-                       * (1 - alpha_bar / alpha_bar_next)).sqrt()
-        # eq. 12: predicted x_0, direction pointing to x_t, random noise
-        direction = (1 - alpha_bar_next - sigma**2).clamp(min=0).sqrt()
-        x_next = alpha_bar_next.sqrt() * x_0 + direction * self.predict_eps(x_t, t, x_0)
+        eps = self.predict_eps(x_t, t, x_0)
+        alpha_bar = self.alphas_cumprod[self.index(t, x_t)]
+        alpha_bars = F.pad(self.alphas_cumprod, (0, 1), value=1.0)  # alpha_bars[-1]: clean data
+        alpha_bar_next = alpha_bars[self.index(t_next, x_t, lowest=-1)]
+        # eq. 16: the standard deviation of the new noise
+        sigma = eta * ((1 - alpha_bar_next) / (1 - alpha_bar)).sqrt()
+        sigma = sigma * (1 - alpha_bar / alpha_bar_next).sqrt()
+        # the old noise makes up the rest: together they have the variance 1 - alpha_bar_next
+        old = (1 - alpha_bar_next - sigma**2).clamp(min=0).sqrt()
+        x_next = alpha_bar_next.sqrt() * x_0 + old * eps
         if eta > 0:
-            x_next = x_next + sigma * (torch.randn_like(x_t) if noise is None else noise)
+            noise = normal_like(x_t) if noise is None else noise
+            x_next = x_next + sigma * noise
         return x_next.to(x_t.dtype)
 
     def ddpm_step(self, x_t, x_0, t, noise=None):
-        """From t to t - 1 (x_0 at t = 0): a draw from q(x_{t-1} | x_t, x_0). DDPM, eq. 6 and 7."""
-        beta, alpha = _at(self.betas, t, x_t), _at(self.alphas, t, x_t)
-        alpha_bar = _at(self.alphas_cumprod, t, x_t)
-        alpha_bar_prev = _at(self.alphas_cumprod_prev, t, x_t)
-        posterior_mean = (alpha_bar_prev.sqrt() * beta / (1 - alpha_bar) * x_0
-                          + alpha.sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar) * x_t)
-        noise = torch.randn_like(x_t) if noise is None else noise
-        return (posterior_mean + _at(self.posterior_variance, t, x_t).sqrt() * noise).to(x_t.dtype)
+        """From t to t - 1 (x_0 at t = 0): a draw from q(x_{t-1} | x_t, x_0). DDPM, eq. 6 and 7.
 
-    def timesteps(self, num_steps):
-        """int64 (num_steps,), evenly spread from T - 1 to 0. Raises ValueError for 0 or above T."""
-        if not 1 <= num_steps <= self.num_timesteps:
-            raise ValueError(f"sampling steps must be 1 to {self.num_timesteps}, got {num_steps}")
-        steps = torch.linspace(self.num_timesteps - 1, 0, num_steps, dtype=torch.float64)
+        If x_0 is known, Bayes' rule gives x_{t-1}: a Gaussian with its mean between x_0 and x_t.
+        Here the network's prediction stands in for x_0. noise: N(0, I), drawn if it is None.
+        """
+        noise = normal_like(x_t) if noise is None else noise
+        t = self.index(t, x_t)
+        mean = self.posterior_mean_coef_x_0[t] * x_0 + self.posterior_mean_coef_x_t[t] * x_t
+        return (mean + self.posterior_variance[t].sqrt() * noise).to(x_t.dtype)
+
+    def sampling_timesteps(self, num_steps):
+        """int64 (num_steps,), evenly from T - 1 to 0. ValueError unless 1 <= num_steps <= T."""
+        if not 1 <= num_steps <= self.timesteps:
+            raise ValueError(f"sampling steps must be 1 to {self.timesteps}, got {num_steps}")
+        steps = torch.linspace(self.timesteps - 1, 0, num_steps, dtype=torch.float64)
         return steps.round().long()
 
 
-def _at(constant, t, x):
-    """constant[t] with the dimensions it needs to multiply x: () or (B, 1, ..., 1)."""
-    if isinstance(t, int) and not 0 <= t < len(constant):
-        raise IndexError(f"timestep out of range: a schedule has {len(constant)} of them")
-    value = constant[t]
-    return value if value.dim() == 0 else value.view(-1, *[1] * (x.dim() - 1))
-
-
 @torch.no_grad()
-def ddim_sample(model, schedule, output_coords, input_coords, input_values, num_steps=50, eta=0.0,
-                generator=None, on_step=None):
-    """Denoise Gaussian noise at output_coords step by step. DDIM, eq. 12.
+def ddim(denoise, schedule, x_T, num_steps=50, eta=0.0, generator=None, on_step=None):
+    """From pure noise x_T ~ N(0, I), (B, ...), to data in num_steps steps. DDIM, section 4.2.
 
-    model(x_t, output_coords, t, input_coords, input_values) -> x_0_hat. output_coords
-    (B, N_out, 2), input_coords (B, N_in, 2), input_values (B, N_in, C) in [-1, 1]. eta: 0 is
-    deterministic given the initial noise, 1 adds as much noise as DDPM. on_step(t, x_t, x_0_hat)
-    is called before each step. Returns (B, N_out, C), not clamped. Raises ValueError for num_steps
-    outside 1..T or eta outside [0, 1].
+    denoise(x_t, t) -> x_0_hat for x_t (B, ...) and t int64 (B,). eta: as in ddim_step; `generator`
+    may be on another device. on_step(t, x_t, x_0_hat), if given, is called before each step.
+    Returns (B, ...), not clamped. Raises ValueError for num_steps outside 1..T, eta outside [0, 1].
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be between 0 and 1, got {eta}")
-    timesteps = schedule.timesteps(num_steps).tolist()
-    x_t = _randn(output_coords, input_values, generator)
-    for t, t_next in zip(timesteps, [*timesteps[1:], -1]):
+    timesteps = schedule.sampling_timesteps(num_steps).tolist()
+    x_t = x_T
+    next_timesteps = [*timesteps[1:], -1]  # the last step leads to clean data
+    for t, t_next in zip(timesteps, next_timesteps):
         t_batch = torch.full((len(x_t),), t, device=x_t.device)
-        x_0 = model(x_t, output_coords, t_batch, input_coords, input_values)
-        if on_step:
-            on_step(t, x_t, x_0)
-        noise = _randn(output_coords, input_values, generator)
-        x_t = schedule.ddim_step(x_t, x_0, t, t_next, eta, noise)
+        x_0_hat = denoise(x_t, t_batch)
+        if on_step is not None:
+            on_step(t, x_t, x_0_hat)
+        noise = normal_like(x_t, generator) if eta > 0 else None
+        x_t = schedule.ddim_step(x_t, x_0_hat, t, t_next, eta, noise)
     return x_t
 
 
 @torch.no_grad()
-def ddpm_sample(model, schedule, output_coords, input_coords, input_values, generator=None,
-                on_step=None):
-    """Ancestral sampling over all T timesteps. DDPM, algorithm 2. Otherwise like ddim_sample."""
-    x_t = _randn(output_coords, input_values, generator)
-    for t in reversed(range(schedule.num_timesteps)):
+def ddpm(denoise, schedule, x_T, generator=None, on_step=None):
+    """Ancestral sampling over all T timesteps. DDPM, algorithm 2. Otherwise like ddim."""
+    x_t = x_T
+    for t in reversed(range(schedule.timesteps)):
         t_batch = torch.full((len(x_t),), t, device=x_t.device)
-        x_0 = model(x_t, output_coords, t_batch, input_coords, input_values)
-        if on_step:
-            on_step(t, x_t, x_0)
-        noise = _randn(output_coords, input_values, generator)
-        x_t = schedule.ddpm_step(x_t, x_0, t, noise)
+        x_0_hat = denoise(x_t, t_batch)
+        if on_step is not None:
+            on_step(t, x_t, x_0_hat)
+        noise = normal_like(x_t, generator) if t > 0 else torch.zeros_like(x_t)
+        x_t = schedule.ddpm_step(x_t, x_0_hat, t, noise)
     return x_t
 
 
-def _randn(coords, values, generator):
-    """N(0, 1) for each of coords (B, N, 2) and channel of values (B, M, C): (B, N, C)."""
-    device = generator.device if generator else values.device
-    shape = *coords.shape[:2], values.shape[2]
-    return torch.randn(shape, generator=generator, device=device).to(values)
+def normal_like(x, generator=None):
+    """N(0, I) with the shape, dtype and device of x, drawn on the generator's device."""
+    device = generator.device if generator else x.device
+    return torch.randn(x.shape, generator=generator, device=device).to(x)
 
 
-def line_chart(title, curves):
-    """A 460 x 320 Pillow image. curves: {label: (xs, ys)}, finite numbers."""
-    all_x, all_y = (sum((list(curve[i]) for curve in curves.values()), []) for i in (0, 1))
-    x_low, x_span = min(all_x), (max(all_x) - min(all_x)) or 1
-    y_low, y_span = min(all_y), (max(all_y) - min(all_y)) or 1
-    image = Image.new("RGB", (460, 320), "white")
-    draw = ImageDraw.Draw(image)
-    draw.text((62, 8), title, "black", font_size=12)
-    for part in (0, 0.25, 0.5, 0.75, 1):  # grid lines and numbers on the axes
-        x, y = 62 + 374 * part, 290 - 260 * part
-        draw.line([(62, y), (436, y)], fill="#e4e4e4")
-        number = round(float(y_low + part * y_span), 9)
-        draw.text((56, y), f"{number:.3g}", "#444", font_size=12, anchor="rm")
-        draw.text((x, 296), f"{x_low + part * x_span:.4g}", "#444", font_size=12, anchor="ma")
-    for i, (label, curve) in enumerate(curves.items()):
-        colour = ("#1f6fb4", "#d1481f", "#2b9348", "#8a4fbf")[i % 4]
-        points = [(62 + 374 * (x - x_low) / x_span, 290 - 260 * (y - y_low) / y_span)
-                  for x, y in zip(*curve)]
-        draw.line(points, fill=colour, width=2, joint="curve")
-        draw.circle(points[-1], 3, colour)
-        draw.text((436 - 110 * i, 8), label, colour, font_size=12, anchor="ra")
-    return image
+# ===================== below: checks, command line, picture
+
+
+def check_timesteps(timesteps):
+    if not 1 <= timesteps <= 10_000:
+        raise ValueError(f"a schedule needs 1 to 10,000 timesteps, got {timesteps}")
 
 
 def main():
+    from data import line_chart
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--timesteps", type=int, default=1000, help="T, length of the diffusion")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the picture")
     args = parser.parse_args()
     curves = {}
     for name in ("cosine", "linear"):
-        schedule = DiffusionSchedule(args.timesteps, name)
-        curves[name] = range(args.timesteps), schedule.alphas_cumprod.tolist()
-        print(f"{name}: alpha_bar from {curves[name][1][0]:.4f} down to {curves[name][1][-1]:.3g}")
+        alpha_bar = DiffusionSchedule(args.timesteps, name).alphas_cumprod.tolist()
+        curves[name] = range(args.timesteps), alpha_bar
+        print(f"{name}: alpha_bar from {alpha_bar[0]:.4f} down to {alpha_bar[-1]:.3g}")
+    path = args.out / "schedule.png"
     args.out.mkdir(parents=True, exist_ok=True)
-    line_chart("alpha_bar_t", curves).save(args.out / "schedule.png")
-    print(f"picture: {args.out / 'schedule.png'}")
+    line_chart("alpha_bar_t", curves).save(path)
+    print(f"picture: {path}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as problem:
-        sys.exit(f"error: {problem}")
+    from data import run
+    run(main)

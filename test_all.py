@@ -143,151 +143,650 @@ def seeded(seed=0):
 
 # -------------------------------------------------------------------------------------- schedule
 
+DDPM_BETAS = np.linspace(0.0001, 0.02, 1000)
 
-def test_schedule_constants_and_timesteps_against_numpy():
-    f = lambda t: math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
-    cosine = [min(max(1 - f(t + 1) / f(t), 0.0001), 0.9999) for t in range(1000)]
-    for name, make, beta in (
-            ("linear", schedule.linear_beta_schedule, np.linspace(0.0001, 0.02, 1000)),
-            ("cosine", schedule.cosine_beta_schedule, np.array(cosine))):
-        s, bar = schedule.DiffusionSchedule(1000, name), np.cumprod(1 - beta)
-        prev = np.append(1, bar[:-1])
-        var = beta * (1 - prev) / (1 - bar)
-        for key, value in dict(
-                betas=beta, alphas=1 - beta, alphas_cumprod=bar, alphas_cumprod_prev=prev,
-                sqrt_alphas_cumprod=bar**0.5, sqrt_one_minus_alphas_cumprod=(1 - bar) ** 0.5,
-                sqrt_recip_alphas_cumprod=bar**-0.5, posterior_variance=var,
-                sqrt_recipm1_alphas_cumprod=(1 / bar - 1) ** 0.5).items():
-            assert np.allclose(getattr(s, key), value, 1e-8, 1e-13), key
-            assert getattr(s, key).dtype == torch.float64, key
-        assert np.allclose(s.posterior_log_variance[1:], np.log(var[1:]), 1e-8)
-        assert s.posterior_log_variance.isfinite().all() and len(make(10_000)) == 10_000
-        close(make(1000), beta, 1e-12)
+
+def cosine_betas(T, s=0.008):
+    """Improved DDPM, eq. 17, one timestep at a time."""
+    betas = []
+    for t in range(T):
+        bar = math.cos((t / T + s) / (1 + s) * math.pi / 2) ** 2
+        bar_next = math.cos(((t + 1) / T + s) / (1 + s) * math.pi / 2) ** 2
+        beta = 1 - bar_next / bar
+        betas.append(min(max(beta, 0.0001), 0.9999))
+    return np.array(betas)
+
+
+def x_t_x_0_and_noise(shape, dtype=torch.float64):
+    return torch.randn(3, *shape, generator=seeded(1), dtype=dtype)
+
+
+def test_cosine_betas_against_numpy():
+    for T in (1, 2, 37, 1000, 10_000):
+        betas = schedule.cosine_beta_schedule(T)
+        assert betas.dtype == torch.float64
+        close(betas, cosine_betas(T), 1e-12)
+    close(schedule.cosine_beta_schedule(50, s=0.1), cosine_betas(50, s=0.1), 1e-12)
+
+
+def test_linear_betas_are_scaled_with_T_and_stay_below_1():
+    assert schedule.linear_beta_schedule(1000).dtype == torch.float64
+    for T, first, last in ((1000, 0.0001, 0.02), (100, 0.001, 0.2), (10_000, 1e-5, 0.002)):
+        betas = schedule.linear_beta_schedule(T)
+        close(betas, np.linspace(first, last, T), 1e-12)
+    betas = schedule.linear_beta_schedule(1000, 0.1, 0.3)
+    close(betas, np.linspace(0.1, 0.3, 1000), 1e-12)
+    assert schedule.linear_beta_schedule(10).max() == 0.9999
+
+
+def test_schedules_refuse_nonsense():
+    for make in (schedule.cosine_beta_schedule, schedule.linear_beta_schedule):
         for wrong in (0, -3, 10_001):
             raises(ValueError, lambda: make(wrong), f"got {wrong}")
-    assert torch.equal(schedule.DiffusionSchedule(1000).betas, s.betas)  # cosine by default
-    raises(ValueError, lambda: schedule.linear_beta_schedule(10, 0.1, 1), 0.1)
+    for ends in ((0.1, 1), (0, 0.1), (math.nan, 0.1)):
+        raises(ValueError, lambda: schedule.linear_beta_schedule(10, *ends), ends[0])
     raises(ValueError, lambda: schedule.DiffusionSchedule(10, "sqrt"), "sqrt")
-    moved = [v for v in vars(s.to("meta")).values() if isinstance(v, torch.Tensor)]
-    assert s.to("meta") is s and len(moved) == 10 and all(v.is_meta for v in moved)
+
+
+def test_the_ten_constants_against_numpy():
+    for name, beta in (("linear", DDPM_BETAS), ("cosine", cosine_betas(1000))):
+        s = schedule.DiffusionSchedule(1000, name)
+        bar = np.cumprod(1 - beta)
+        prev = np.append(1, bar[:-1])
+        posterior = beta * (1 - prev) / (1 - bar)
+        for constant, expected in (
+                (s.betas, beta),
+                (s.alphas, 1 - beta),
+                (s.alphas_cumprod, bar),
+                (s.alphas_cumprod_prev, prev),
+                (s.sqrt_alphas_cumprod, np.sqrt(bar)),
+                (s.sqrt_one_minus_alphas_cumprod, np.sqrt(1 - bar)),
+                (s.sqrt_recip_alphas_cumprod, np.sqrt(1 / bar)),
+                (s.sqrt_recipm1_alphas_cumprod, np.sqrt(1 / bar - 1)),
+                (s.posterior_variance, posterior),
+                (s.posterior_log_variance, np.log(np.maximum(posterior, 1e-20)))):
+            assert constant.dtype == torch.float64
+            assert np.allclose(constant, expected, 1e-8, 1e-13)
+
+
+def test_a_thousand_cosine_timesteps_are_the_default():
+    s = schedule.DiffusionSchedule()
+    assert s.timesteps == 1000
+    close(s.betas, cosine_betas(1000), 1e-12)
+    assert schedule.DiffusionSchedule(timesteps=37, beta_schedule="linear").timesteps == 37
+
+
+def test_to_moves_every_constant_and_mps_gets_float32():
+    s = schedule.DiffusionSchedule(20)
+    moves = []
+
+    def fake_move(self, device, dtype):
+        moves.append((device, dtype))
+        return self
+
+    with patched(torch.Tensor, to=fake_move):
+        assert s.to("mps") is s
+    assert len(moves) >= 10 and set(moves) == {("mps", torch.float32)}
+    assert s.to(torch.device("meta")) is s
+    constants = [v for v in vars(s).values() if isinstance(v, torch.Tensor)]
+    assert len(constants) == len(moves)
+    for constant in constants:
+        assert constant.is_meta and constant.dtype == torch.float64
+
+
+def test_sampling_timesteps_go_evenly_from_the_last_to_0():
     s = schedule.DiffusionSchedule(37)
     for n in range(1, 38):
-        close(s.timesteps(n), np.linspace(36, 0, n), 0.5)
-        assert s.timesteps(n).dtype == torch.int64 and (s.timesteps(n).diff() < 0).all()
+        timesteps = s.sampling_timesteps(n)
+        assert timesteps.dtype == torch.int64
+        close(timesteps, np.linspace(36, 0, n), 0.5)
+        assert (timesteps.diff() < 0).all()
     for n in (0, 38, -1):
-        raises(ValueError, lambda: s.timesteps(n), 37, n)
+        raises(ValueError, lambda: s.sampling_timesteps(n), 37, n)
 
 
-def test_steps_take_one_timestep_or_one_for_each_item_and_keep_the_dtype():
-    s, t = schedule.DiffusionSchedule(100), torch.tensor([3, 50, 99])
-    for call in (lambda x, x_0, t, eps: s.q_sample(x_0, t, eps),
-                 lambda x, x_0, t, eps: s.predict_eps(x, t, x_0),
-                 lambda x, x_0, t, eps: s.ddim_step(x, x_0, t, t - 2, 0.7, eps),
-                 lambda x, x_0, t, eps: s.ddpm_step(x, x_0, t, eps)):
-        for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-11)):
-            x, x_0, eps = torch.randn(3, 3, 5, 2, generator=seeded(), dtype=dtype)
-            batch = call(x, x_0, t, eps)
-            one = [call(x[i], x_0[i], int(t[i]), eps[i]) for i in range(3)]
-            close(batch, torch.stack(one), tolerance)
-            assert batch.dtype == one[0].dtype == dtype
+def test_q_sample_and_predict_eps_are_inverse():
+    for name in ("cosine", "linear"):
+        s = schedule.DiffusionSchedule(100, name)
+        _, x_0, eps = x_t_x_0_and_noise((50,))
+        for t in (0, 1, 40, 99):
+            bar = s.alphas_cumprod[t]
+            x_t = s.q_sample(x_0, t, eps)
+            close(x_t, bar.sqrt() * x_0 + (1 - bar).sqrt() * eps, 1e-12)
+            close(s.predict_eps(x_t, t, x_0), eps, 1e-9)
+
+
+def every_step(s):
+    return (lambda x_t, x_0, t, eps: s.q_sample(x_0, t, eps),
+            lambda x_t, x_0, t, eps: s.predict_eps(x_t, t, x_0),
+            lambda x_t, x_0, t, eps: s.ddim_step(x_t, x_0, t, t - 2, 0.7, eps),
+            lambda x_t, x_0, t, eps: s.ddpm_step(x_t, x_0, t, eps))
+
+
+def test_each_item_can_have_a_timestep_int_or_float():
+    for step in every_step(schedule.DiffusionSchedule(100)):
+        for shape in ((3,), (3, 5, 2), (3, 3, 4, 4)):
+            items = x_t_x_0_and_noise(shape)
+            x_t, x_0, eps = items
+            t = torch.tensor([3, 50, 99])
+            together = step(x_t, x_0, t, eps)
+            assert together.equal(step(x_t, x_0, t.float(), eps))
+            assert together.equal(step(x_t, x_0, t + 0.9, eps))  # rounded down
+            for i in range(3):
+                x_t, x_0, eps = items[:, i:i + 1]
+                alone = step(x_t, x_0, int(t[i]), eps)
+                close(alone, together[i:i + 1], 1e-11)
+
+
+def test_steps_keep_the_dtype_and_their_arguments():
+    for step in every_step(schedule.DiffusionSchedule(100)):
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            arguments = x_t_x_0_and_noise((3, 5), dtype)
+            x_t, x_0, eps = arguments.clone()
+            for t in (7, torch.tensor([3, 50, 99])):
+                assert step(x_t, x_0, t, eps).dtype == dtype
+            assert torch.equal(arguments, torch.stack([x_t, x_0, eps]))
+
+
+def test_steps_refuse_timesteps_out_of_range():
+    s = schedule.DiffusionSchedule(100)
+    x_t, x_0, eps = x_t_x_0_and_noise((3,))
+    for step in every_step(s):
         for wrong in (-1, 100):
-            raises(IndexError, lambda: call(x, x_0, wrong, eps), 100)
-    raises(IndexError, lambda: s.ddim_step(x, x_0, 5, -2))
+            raises(IndexError, lambda: step(x_t, x_0, wrong, eps), 100)
+    raises(IndexError, lambda: s.ddim_step(x_t, x_0, 5, -2))
 
 
 def test_ddpm_posterior_against_brute_force_bayes():
-    """q(x_{t-1} | x_t, x_0): q(x_t | x_{t-1}) q(x_{t-1} | x_0), integrated on a fine grid."""
-    s, betas = schedule.DiffusionSchedule(50), schedule.cosine_beta_schedule(50).numpy()
-    bars, grid, one = np.cumprod(1 - betas), np.linspace(-8, 8, 200_001), torch.ones(1).double()
+    """q(x_{t-1} | x_t, x_0) is q(x_t | x_{t-1}) q(x_{t-1} | x_0), integrated on a fine grid."""
+    s = schedule.DiffusionSchedule(50)
+    beta = cosine_betas(50)
+    bar = np.cumprod(1 - beta)
+    grid = np.linspace(-8, 8, 200_001)  # of x_{t-1}
+    one = torch.ones(1).double()
     for t, x_0, x_t in ((1, 0.5, 0.2), (10, -0.8, 1.1), (30, 0.3, -1.7), (48, 0.9, 0.4)):
-        p = np.exp(-((x_t - math.sqrt(1 - betas[t]) * grid) ** 2) / (2 * betas[t])
-                   - (grid - math.sqrt(bars[t - 1]) * x_0) ** 2 / (2 * (1 - bars[t - 1])))
-        mean = (p * grid).sum() / p.sum()
-        std = math.sqrt((p * (grid - mean) ** 2).sum() / p.sum())
+        forward = (x_t - math.sqrt(1 - beta[t]) * grid) ** 2 / beta[t]
+        prior = (grid - math.sqrt(bar[t - 1]) * x_0) ** 2 / (1 - bar[t - 1])
+        weights = np.exp(-(forward + prior) / 2)
+        weights /= weights.sum()
+        mean = (weights * grid).sum()
+        std = math.sqrt((weights * (grid - mean) ** 2).sum())
         for eps in (0, 1):
-            close(s.ddpm_step(x_t * one, x_0 * one, t, eps * one), mean + eps * std, 1e-6)
+            drawn = s.ddpm_step(x_t * one, x_0 * one, t, eps * one)
+            close(drawn, mean + eps * std, 1e-6)
     close(s.ddpm_step(x_t * one, 0.9 * one, 0), 0.9, 1e-9)  # the last step has no noise
 
 
-def test_every_ddim_step_keeps_the_marginal_and_eta_1_is_ddpm():
+def test_ddim_with_eta_1_is_ddpm():
     for name in ("cosine", "linear"):
         s = schedule.DiffusionSchedule(100, name)
-        x_t, x_0, eps = torch.randn(3, 50, generator=seeded(1), dtype=torch.float64)
+        x_t, x_0, eps = x_t_x_0_and_noise((50,))
         for t in (0, 1, 2, 40, 98, 99):
-            close(s.ddim_step(x_t, x_0, t, t - 1, 1.0, eps), s.ddpm_step(x_t, x_0, t, eps), 1e-9)
-            noisy, still = (s.ddim_step(x_t, x_0, t, t - 1, 0.5, k * eps) for k in (1, 0))
-            close(noisy - still, 0.5 * s.posterior_variance[t].sqrt() * eps, 1e-9)
-            jump, still = (s.ddim_step(x_t, x_0, t, t // 2 - 1, 0.5, k * eps) for k in (1, 0))
-            bars = s.alphas_cumprod[t], s.alphas_cumprod_prev[t // 2]
-            sigma = 0.5 * ((1 - bars[1]) / (1 - bars[0]) * (1 - bars[0] / bars[1])).sqrt()  # eq. 16
-            close(jump - still, sigma * eps, 1e-9)
-            bar = s.alphas_cumprod[t]
-            close(s.q_sample(x_0, t, eps), bar**0.5 * x_0 + (1 - bar) ** 0.5 * eps, 1e-12)
-            close(s.predict_eps(s.q_sample(x_0, t, eps), t, x_0), eps, 1e-9)
+            ddim = s.ddim_step(x_t, x_0, t, t - 1, 1.0, eps)
+            close(ddim, s.ddpm_step(x_t, x_0, t, eps), 1e-9)
+
+
+def test_ddim_step_written_out():
+    """Eq. 12 and 16 of DDIM, for neighbours and for jumps; timestep -1 is clean data."""
+    s = schedule.DiffusionSchedule(100)
+    x_t, x_0, new = x_t_x_0_and_noise((2, 20))
+    bars = [*s.alphas_cumprod.tolist(), 1.0]  # bars[-1] is that of clean data
+    for t, t_next in ((99, 98), (99, 0), (60, 29), (1, 0), (40, -1), (0, -1)):
+        bar, bar_next = bars[t], bars[t_next]
+        eps = (x_t - bar**0.5 * x_0) / (1 - bar) ** 0.5
+        for eta in (0.0, 0.5, 1.0):
+            variance = (1 - bar_next) / (1 - bar) * (1 - bar / bar_next)
+            sigma = eta * variance**0.5
+            old = max(1 - bar_next - sigma**2, 0) ** 0.5
+            expected = bar_next**0.5 * x_0 + old * eps + sigma * new
+            got = s.ddim_step(x_t, x_0, t, t_next, eta, new)
+            close(got, expected, 1e-9)
+
+
+def test_in_one_batch_some_items_can_reach_clean_data():
+    s = schedule.DiffusionSchedule(100)
+    x_t, x_0, new = x_t_x_0_and_noise((2, 20))
+    t, t_next = torch.tensor([[5, 60], [-1, 29]])
+    together = s.ddim_step(x_t, x_0, t, t_next, 0.5, new)
+    close(together[0], x_0[0], 1e-12)
+    alone = s.ddim_step(x_t, x_0, 60, 29, 0.5, new)
+    close(together[1], alone[1], 1e-9)
+
+
+def test_every_ddim_step_keeps_the_marginal():
+    """Given the true x_0, x_30 has the mean and variance of q(x_30 | x_0), whatever eta is."""
+    s = schedule.DiffusionSchedule(100)
     x_0, eps, new = torch.randn(3, 200_000, generator=seeded(2))
-    x_t, bar = s.q_sample(x_0, 70, eps), s.alphas_cumprod[30]
-    for eta in (0.0, 0.5, 1.0):  # given the true x_0: mean and variance of q(x_30 | x_0)
-        step, drawn = s.ddim_step(x_t, x_0, 70, 30, eta, new), s.ddim_step(x_t, x_0, 70, 30, eta)
-        for rest in (step - bar.sqrt() * x_0, drawn - bar.sqrt() * x_0):
+    x_t = s.q_sample(x_0, 70, eps)
+    bar = s.alphas_cumprod[30]
+    for eta in (0.0, 0.5, 1.0):
+        for noise in (new, None):
+            x_30 = s.ddim_step(x_t, x_0, 70, 30, eta, noise)
+            rest = x_30 - bar.sqrt() * x_0
+            close(rest.mean(), 0, 0.006)
             close(rest.var(), 1 - bar, 0.006)
-        assert torch.equal(step, drawn) == (eta == 0)
-        close(s.ddim_step(x_t, x_0, 70, -1, eta, new), x_0, 1e-6)
-    draws = [s.ddpm_step(x_t, x_0, 70) for _ in range(2)]
-    close((draws[0] - draws[1]).var(), 2 * s.posterior_variance[70], 0.001)
+
+
+def test_a_step_draws_its_own_noise_if_none_is_given():
+    s = schedule.DiffusionSchedule(100)
+    x_t, x_0, _ = x_t_x_0_and_noise((200_000,), torch.float32)
+    variance = s.posterior_variance[70]
+    first, second = (s.ddpm_step(x_t, x_0, 70) for _ in range(2))
+    close((first - second).var(), 2 * variance, 0.001)
+    first, second = (s.ddim_step(x_t, x_0, 70, 69, 0.5) for _ in range(2))
+    close((first - second).var(), 2 * 0.25 * variance, 0.001)
+    first, second = (s.ddim_step(x_t, x_0, 70, 69) for _ in range(2))  # eta is 0 by default
+    assert torch.equal(first, second)
+
+
+# -------------------------------------------------------------------------------------- samplers
+
+
+def exact_denoiser(sched, mean, std):
+    """E[x_0 | x_t] for data ~ N(mean, std^2)."""
+    def denoise(x_t, t):
+        bar = sched.alphas_cumprod[t].view(-1, 1).float()
+        gain = std**2 * bar.sqrt() / (bar * std**2 + 1 - bar)
+        return mean + gain * (x_t - bar.sqrt() * mean)
+    return denoise
+
+
+def samples_of_all_steps(denoise, sched):
+    x_T = torch.randn(4, 5000, generator=seeded())
+    samples = [schedule.ddpm(denoise, sched, x_T, seeded(1))]
+    for eta in (0.0, 0.5, 1.0):
+        x_0 = schedule.ddim(denoise, sched, x_T, sched.timesteps, eta, seeded(1))
+        samples.append(x_0)
+    return samples
+
+
+def test_samplers_recover_a_gaussian():
+    """A right sampler turns an exact denoiser and N(0, I) into the data's mean and spread."""
+    sched = schedule.DiffusionSchedule(500)
+    denoise = exact_denoiser(sched, mean=0.4, std=0.3**0.5)
+    for x_0 in samples_of_all_steps(denoise, sched):
+        close(x_0.mean(), 0.4, 0.015)
+        close(x_0.var(), 0.3, 0.015)
+
+
+def test_fifty_steps_are_the_default_and_enough():
+    sched = schedule.DiffusionSchedule(500)
+    denoise = exact_denoiser(sched, mean=0.4, std=0.3**0.5)
+    x_T = torch.randn(20_000, 1, generator=seeded())
+    x_0 = schedule.ddim(denoise, sched, x_T)
+    assert torch.equal(x_0, schedule.ddim(denoise, sched, x_T, num_steps=50, eta=0.0))
+    close(x_0.mean(), 0.4, 0.03)
+    close(x_0.var(), 0.3, 0.03)
+
+
+def test_a_hundred_timesteps_recover_a_wide_gaussian():
+    """Linear betas that do not grow with 1 / T leave signal in x_T, and end at 1.73, not 2."""
+    for name in ("cosine", "linear"):
+        sched = schedule.DiffusionSchedule(100, name)
+        denoise = exact_denoiser(sched, mean=1.5, std=2.0)
+        for x_0 in samples_of_all_steps(denoise, sched):
+            close(x_0.mean(), 1.5, 0.05)
+            close(x_0.std(), 2.0, 0.08)
+
+
+def record(told):
+    """An on_step that keeps what it is told."""
+    def on_step(*step):
+        told.append(step)
+    return on_step
+
+
+def nine_tenths_plus_t(x_t, t):
+    """A denoiser that no sampler can confuse with another one, or t with another t."""
+    return 0.9 * x_t + t.view(-1, 1, 1)
+
+
+def test_ddim_written_out():
+    sched = schedule.DiffusionSchedule(20)
+    x_T = torch.randn(2, 5, 1, generator=seeded(1))
+    for eta in (0.0, 0.5):
+        told, g, x_t = [], seeded(), x_T
+        got = schedule.ddim(nine_tenths_plus_t, sched, x_T, num_steps=4, eta=eta,
+                            generator=seeded(), on_step=record(told))
+        for t, t_next, step in zip((19, 13, 6, 0), (13, 6, 0, -1), told, strict=True):
+            x_0 = 0.9 * x_t + t
+            assert step[0] == t
+            assert step[1].equal(x_t)
+            assert step[2].equal(x_0)
+            eps = torch.randn(2, 5, 1, generator=g)
+            x_t = sched.ddim_step(x_t, x_0, t, t_next, eta, eps)
+        assert got.equal(x_t)
+
+
+def test_ddpm_written_out():
+    sched = schedule.DiffusionSchedule(20)
+    x_T = torch.randn(2, 5, 1, generator=seeded(1))
+    told, g, x_t = [], seeded(), x_T
+    got = schedule.ddpm(nine_tenths_plus_t, sched, x_T, generator=seeded(), on_step=record(told))
+    for t, step in zip(range(19, -1, -1), told, strict=True):
+        x_0 = 0.9 * x_t + t
+        assert step[0] == t
+        assert step[1].equal(x_t)
+        assert step[2].equal(x_0)
+        eps = torch.randn(2, 5, 1, generator=g)  # at t = 0 it is multiplied by 0
+        x_t = sched.ddpm_step(x_t, x_0, t, eps)
+    assert got.equal(x_t)
+
+
+def test_samplers_give_one_int64_timestep_for_each_item():
+    def denoise(x_t, t):
+        assert t.dtype == torch.int64 and t.shape == (3,)
+        assert (t == t[0]).all()
+        return x_t
+
+    sched = schedule.DiffusionSchedule(5)
+    for shape in ((3,), (3, 7, 2), (3, 1, 8, 8)):
+        x_T = torch.randn(shape)
+        before = x_T.clone()
+        for sampler in (schedule.ddim, schedule.ddpm):
+            steps = dict(num_steps=5) if sampler is schedule.ddim else {}
+            assert sampler(denoise, sched, x_T, **steps).shape == shape
+            assert torch.equal(x_T, before)
+
+
+def test_samples_require_no_grad():
+    weight = torch.ones(1, requires_grad=True)
+    sched = schedule.DiffusionSchedule(5)
+    denoise = lambda x_t, t: weight * x_t
+    assert not schedule.ddim(denoise, sched, torch.ones(2, 3), 2).requires_grad
+    assert not schedule.ddpm(denoise, sched, torch.ones(2, 3)).requires_grad
+
+
+def test_no_noise_is_drawn_that_nobody_needs():
+    """eta = 0 draws none at all; DDPM none at t = 0."""
+    sched = schedule.DiffusionSchedule(5)
+    denoise = lambda x_t, t: 0.9 * x_t
+    x_T = torch.randn(2, 3)
+    g = seeded()
+    schedule.ddim(denoise, sched, x_T, 5, 0.0, g)
+    assert torch.equal(g.get_state(), seeded().get_state())
+    torch.manual_seed(0)
+    schedule.ddim(denoise, sched, x_T, 5)
+    close(torch.rand(1), torch.rand(1, generator=seeded()), 0)
+    expected = seeded()
+    for _ in range(4):
+        torch.randn(2, 3, generator=expected)
+    schedule.ddpm(denoise, sched, x_T, g)
+    assert torch.equal(g.get_state(), expected.get_state())
+
+
+def test_a_generator_may_be_on_another_device():
+    x = torch.empty(2, 3, device="meta", dtype=torch.float64)  # meta stands for a GPU
+    noise_there = schedule.normal_like(x, seeded())
+    assert noise_there.is_meta
+    assert noise_there.shape == (2, 3) and noise_there.dtype == torch.float64
+
+
+def test_ddim_refuses_nonsense():
+    sched = schedule.DiffusionSchedule(20)
+    denoise = lambda x_t, t: x_t
+    for eta in (1.5, -0.1, math.nan):
+        raises(ValueError, lambda: schedule.ddim(denoise, sched, torch.ones(1), 5, eta), eta)
+    for num_steps in (0, 21):
+        raises(ValueError, lambda: schedule.ddim(denoise, sched, torch.ones(1), num_steps), 20)
+
+
+def test_the_documents_training_loop_for_schedules():
+    """As in the notebook: T is schedule.timesteps, t is float, constants are indexed by hand."""
+    sched = schedule.DiffusionSchedule(timesteps=1000, beta_schedule="cosine").to("cpu")
+    B = 4
+    output_values = torch.rand(B, 204, 3)
+    t = torch.randint(0, sched.timesteps, (B,)).float()
+    eps = torch.randn_like(output_values)
+    sqrt_alpha_t = sched.sqrt_alphas_cumprod[t.long()].view(B, 1, 1)
+    sqrt_one_minus_alpha_t = sched.sqrt_one_minus_alphas_cumprod[t.long()].view(B, 1, 1)
+    noisy_output = sqrt_alpha_t * output_values + sqrt_one_minus_alpha_t * eps
+    close(sched.q_sample(output_values, t, eps), noisy_output, 1e-6)
+
+
+def test_the_picture_of_the_schedules():
+    charts = []
+
+    def line_chart(title, curves):
+        charts.append(curves)
+        return draw(title, curves)
+
+    draw = data.line_chart
+    with folder(), patched(data, line_chart=line_chart):
+        printed = works(schedule, "")
+        with Image.open("out/schedule.png") as picture:
+            assert np.array_equal(picture, draw("alpha_bar_t", charts[0]))
+        works(schedule, "--timesteps 50")
+        works(schedule, "--out elsewhere")
+        assert Path("elsewhere/schedule.png").exists()
+    for curves, T in zip(charts, (1000, 50, 1000)):
+        for name in ("cosine", "linear"):
+            xs, ys = curves[name]
+            assert list(xs) == list(range(T))
+            bars = schedule.DiffusionSchedule(T, name).alphas_cumprod
+            close(ys, bars, 1e-12)
+    for name, line in zip(("cosine", "linear"), printed.splitlines()):
+        bars = charts[0][name][1]
+        assert line.startswith(name)
+        assert f"from {bars[0]:.4f} down to {bars[-1]:.3g}" in line
 
 
 # ----------------------------------------------------------------------------------------- noise
 
 SIMPLE = (noise.add_gaussian_noise, noise.add_salt_pepper_noise, noise.add_masking_noise)
+GREY = torch.full((100, 3, 40, 40), 0.5)
 
 
-def test_noise_statistics():
-    g, grey = seeded(), torch.full((100, 3, 40, 40), 0.5)
-    share = lambda y: [(y == value).double().mean() for value in (0, 0.5, 1)]
-    gaussian = noise.add_gaussian_noise(grey, 0.1, g) - grey
-    close(gaussian.mean(), 0, 0.001)
-    close(gaussian.std(), 0.1, 0.001)
-    half = math.erfc(0.25 / math.sqrt(2)) / 2  # how often a normal exceeds 0.25: clamped to 1
-    close(share(noise.add_gaussian_noise(grey, 2.0, g)), [half, 0, half], 0.004)
-    close(share(noise.add_salt_pepper_noise(grey, 0.2, g)), [0.1, 0.8, 0.1], 0.004)
-    close(share(noise.add_masking_noise(grey, 0.3, g)), [0.3, 0.7, 0], 0.004)
-    each = torch.tensor([0.0, 0.2, 1.0]).view(3, 1, 1, 1)  # a strength for each image
-    for add, right in zip(SIMPLE, ([0, 0.2, 0.42], [0, 0.224, 0.5], [0, 0.2, 0])):
-        close(add(grey[:3], each, g).std((1, 2, 3)), right, 0.015)
-    for add, (_, strength) in zip(SIMPLE, noise.NOISES.values()):
-        assert torch.equal(add(grey, generator=seeded()), add(grey, strength, seeded()))
-        y, single = add(grey, 0.4, seeded()), add(grey[0], 0.4, seeded())
-        same = torch.equal(y, y[:, :1].expand_as(y))  # a pixel's channels are spoilt together
-        assert same == (add != SIMPLE[0]) and not torch.equal(y[0], y[1])
-        for dim in range(3):  # in any other shape every value is spoilt on its own
+def shares(images):
+    """How often the values 0, 0.5 and 1 occur."""
+    return [(images == value).double().mean() for value in (0, 0.5, 1)]
+
+
+def test_gaussian_noise_has_the_standard_deviation_asked_for_and_is_clamped():
+    added = noise.add_gaussian_noise(GREY, 0.1, seeded()) - GREY
+    close(added.mean(), 0, 0.001)
+    close(added.std(), 0.1, 0.001)
+    clamped = math.erfc(0.25 / math.sqrt(2)) / 2  # how often a normal exceeds 0.25
+    strong = noise.add_gaussian_noise(GREY, 2.0, seeded())
+    close(shares(strong), [clamped, 0, clamped], 0.004)
+
+
+def test_salt_and_pepper_and_masking_hit_the_share_of_pixels_asked_for():
+    salted = noise.add_salt_pepper_noise(GREY, 0.2, seeded())
+    close(shares(salted), [0.1, 0.8, 0.1], 0.004)
+    masked = noise.add_masking_noise(GREY, 0.3, seeded())
+    close(shares(masked), [0.3, 0.7, 0], 0.004)
+    for add in (noise.add_salt_pepper_noise, noise.add_masking_noise):
+        assert 0.5 not in add(GREY, 1, seeded())
+
+
+def test_a_tensor_gives_each_image_a_strength():
+    strength = torch.tensor([0.0, 0.2, 1.0]).view(3, 1, 1, 1)
+    stds = [0, 0.2, 0.42], [0, 0.224, 0.5], [0, 0.2, 0]
+    for add, expected in zip(SIMPLE, stds):
+        noisy = add(GREY[:3], strength, seeded())
+        close(noisy.std((1, 2, 3)), expected, 0.015)
+
+
+def test_the_simple_noises_written_out_with_their_defaults():
+    """Figures rest on these streams: a normal for each value, or a uniform for each pixel."""
+    images = torch.rand(4, 3, 8, 8, generator=seeded(1))
+    eps = torch.randn(4, 3, 8, 8, generator=seeded())
+    u = torch.rand(4, 1, 8, 8, generator=seeded()).expand(4, 3, 8, 8)
+    gaussian = (images + 0.3 * eps).clamp(0, 1)
+    salt_pepper = images.clone()
+    salt_pepper[u < 0.2] = 1
+    salt_pepper[u < 0.1] = 0
+    masking = images * (u >= 0.3)
+    for add, expected in zip(SIMPLE, (gaussian, salt_pepper, masking)):
+        assert torch.equal(add(images, generator=seeded()), expected)
+        torch.manual_seed(0)  # the global generator, if none is given
+        assert torch.equal(add(images), expected)
+
+
+def test_only_in_a_batch_of_images_are_channels_hit_together():
+    for add in SIMPLE:
+        batch = add(GREY[:8], 0.4, seeded())
+        together = torch.equal(batch, batch[:, :1].expand_as(batch))
+        assert together == (add != noise.add_gaussian_noise)
+        assert batch.unique(dim=0).shape == (8, 3, 40, 40)  # each image has noise of its own
+        single = add(GREY[0], 0.4, seeded())
+        for dim in range(3):  # without a batch dimension every value is hit on its own
             assert single.unique(dim=dim).shape == (3, 40, 40)
 
 
 def test_mixed_noise_gives_each_image_a_kind_and_a_strength():
-    y = noise.add_mixed_noise(torch.full((1500, 1, 32, 32), 0.5), seeded()).flatten(1)
-    hit, salt = (y != 0.5).float().mean(1), (y == 1).float().mean(1)
-    spread = (y - 0.5).abs().median(1).values / 0.67449  # of a normal; the clamp does not reach it
-    gaussian, level = hit > 0.9, torch.tensor([0.03, 0.25, 0.5, 0.75, 0.97])
-    for chosen, strength, low, high in ((gaussian, spread, 0.1, 0.5),
-                                        (~gaussian & (salt > 0), hit, 0.05, 0.4),
-                                        (~gaussian & (salt == 0), hit, 0.1, 0.6)):
-        close(chosen.double().mean(), 1 / 3, 0.04)  # and the quantiles of a uniform distribution:
-        close(strength[chosen].quantile(level), low + (high - low) * level, 0.035)
+    grey = torch.full((1500, 1, 32, 32), 0.5)
+    noisy = noise.add_mixed_noise(grey, seeded()).flatten(1)
+    changed = (noisy != 0.5).float().mean(1)
+    white = (noisy == 1).float().mean(1)
+    deviation = (noisy - 0.5).abs().median(1).values
+    gaussian = changed > 0.9
+    salt_pepper = ~gaussian & (white > 0)
+    masking = ~gaussian & (white == 0)
+    level = torch.tensor([0.03, 0.25, 0.5, 0.75, 0.97])
+    for chosen, strength, low, high in (
+            (gaussian, deviation / 0.67449, 0.1, 0.5),  # the median of |N(0, 1)|
+            (salt_pepper, changed, 0.05, 0.4),
+            (masking, changed, 0.1, 0.6)):
+        close(chosen.float().mean(), 1 / 3, 0.04)
+        uniform = low + (high - low) * level
+        close(strength[chosen].quantile(level), uniform, 0.035)
 
 
-def test_noise_leaves_its_input_alone_obeys_its_seed_and_refuses_nonsense():
-    for x in (torch.rand(16, 1, 28, 28), torch.rand(4, 50).double()):
+def test_mixed_noise_written_out():
+    images = torch.rand(30, 3, 8, 8, generator=seeded(1))
+    g = seeded()
+    u = torch.rand(30, 1, 1, 1, generator=g)
+    kinds = torch.randint(3, (30, 1, 1, 1), generator=g)
+    candidates = [
+        noise.add_gaussian_noise(images, 0.1 + 0.4 * u, g),
+        noise.add_salt_pepper_noise(images, 0.05 + 0.35 * u, g),
+        noise.add_masking_noise(images, 0.1 + 0.5 * u, g)]
+    mixed = noise.add_mixed_noise(images, seeded())
+    for i, kind in enumerate(kinds):
+        assert torch.equal(mixed[i], candidates[kind][i])
+
+
+def test_noise_keeps_shape_and_dtype_and_leaves_its_input_alone():
+    for x in (torch.rand(16, 1, 28, 28), torch.rand(4, 50).double(), torch.rand(9, 5, 5)):
         before = x.clone()
         for add in (*SIMPLE, noise.add_mixed_noise):
-            a, b, c = (add(x, generator=seeded(seed)) for seed in (1, 1, 2))
-            assert torch.equal(x, before) and torch.equal(a, b) and not torch.equal(a, c)
-            assert a.shape == x.shape and a.dtype == x.dtype and a.min() >= 0 and a.max() <= 1
-            raises(ValueError, lambda: add((x * 255).byte()), "uint8")
-    for add, high in zip(SIMPLE, (math.inf, 1.5, 1.01)):
-        assert torch.equal(add(x, 0.0), x)
-        for wrong in (-0.1, math.nan, high, torch.tensor(-0.1)):
+            noisy = add(x, generator=seeded(1))
+            assert x.equal(before)
+            assert noisy.shape == x.shape
+            assert noisy.dtype == x.dtype
+            assert 0 <= noisy.min() and noisy.max() <= 1
+            assert noisy.equal(add(x, generator=seeded(1)))
+            assert not noisy.equal(add(x, generator=seeded(2)))
+    for add in SIMPLE:
+        assert add(x, 0.0).equal(x)
+        assert add(x, 0.0) is not x
+
+
+def test_noise_refuses_nonsense():
+    x = torch.rand(2, 50)
+    integers = (x * 255).byte()
+    for add, highest in zip(SIMPLE, (1e6, 1, 1)):
+        add(x, highest)
+        one_of_two = torch.tensor([[0.1], [1.01 * highest]])
+        for wrong in (-0.1, math.nan, 1.01 * highest, one_of_two):
             raises(ValueError, lambda: add(x, wrong), "must be 0 to")
+        raises(ValueError, lambda: add(integers), "uint8")
+    raises(ValueError, lambda: noise.add_mixed_noise(integers), "uint8")
     raises(ValueError, lambda: noise.add_mixed_noise(x[0]), "batch")
+
+
+def test_the_documents_noise_loop():
+    """Its trainer picks a function and a strength by name, and calls noise_fn(images, param)."""
+    clean_images = torch.rand(5, 784)
+    for noise_type in ("gaussian", "salt_pepper", "masking"):
+        noise_fn, noise_param = noise.NOISES[noise_type]
+        noisy_images = noise_fn(clean_images, noise_param)
+        assert noisy_images.shape == (5, 784)
+        by_name = getattr(noise, f"add_{noise_type}_noise")
+        assert by_name(clean_images, generator=seeded()).equal(
+            noise_fn(clean_images, noise_param, seeded()))
+
+
+def test_the_picture_of_the_noises():
+    """A row for each noise: the clean image, then five strengths with their PSNR below."""
+    drawn = []
+
+    def image_grid(rows, column_labels=(), row_labels=(), captions=None, zoom=4):
+        drawn.append((rows, row_labels, captions))
+        return draw(rows, column_labels, row_labels, captions, zoom)
+
+    draw = data.image_grid
+    with folder(), patched(data, image_grid=image_grid):
+        works(noise, "")
+        rows, labels, captions = drawn[0]
+        with Image.open("out/noise.png") as picture:
+            assert np.array_equal(picture, draw(rows, (), labels, captions))
+        works(noise, "--out elsewhere")
+        assert Path("elsewhere/noise.png").read_bytes() == Path("out/noise.png").read_bytes()
+    assert labels == ["gaussian", "salt_pepper", "masking"] and len(rows) == 3
+    for row, below, add in zip(rows, captions, SIMPLE):
+        clean = row[0]
+        assert below[0] == "clean" and 0.1 < clean.mean() < 0.3
+        strengths = 0.1, 0.2, 0.3, 0.4, 0.5
+        for image, text, strength in zip(row[1:], below[1:], strengths, strict=True):
+            assert image.equal(add(clean[None], strength, seeded())[0])
+            mse = np.mean((image.numpy() - clean.numpy()) ** 2)
+            assert text == f"{strength}: {-10 * np.log10(mse):.1f} dB"
+
+
+def test_psnr_is_in_decibels():
+    close(noise.psnr(0.01), 20, 1e-9)
+    close(noise.psnr(1.0), 0, 1e-9)
+    close(noise.psnr(4.0), -6.0206, 1e-4)
+    assert noise.psnr(0) == noise.psnr(1e-12) == 100
+
+
+def test_ssim_of_images_of_one_colour():
+    dark = torch.full((1, 1, 16, 16), 0.3)
+    light = torch.full((1, 1, 16, 16), 0.7)
+    close(noise.ssim(dark, dark), [1.0], 1e-9)
+    luminance = (2 * 0.3 * 0.7 + 1e-4) / (0.3**2 + 0.7**2 + 1e-4)
+    close(noise.ssim(dark, light), [luminance], 1e-6)
+
+
+def ssim_of_one_window(p, q):
+    """Wang et al. (2004), eq. 13, for two numpy arrays (11, 11)."""
+    distance = np.arange(11) - 5.0
+    gaussian = np.exp(-(distance**2) / (2 * 1.5**2))
+    weights = np.outer(gaussian, gaussian)
+    weights /= weights.sum()
+    mean_p = (weights * p).sum()
+    mean_q = (weights * q).sum()
+    var_p = (weights * (p - mean_p) ** 2).sum()
+    var_q = (weights * (q - mean_q) ** 2).sum()
+    covariance = (weights * (p - mean_p) * (q - mean_q)).sum()
+    luminance = (2 * mean_p * mean_q + 1e-4) / (mean_p**2 + mean_q**2 + 1e-4)
+    structure = (2 * covariance + 9e-4) / (var_p + var_q + 9e-4)
+    return luminance * structure
+
+
+def test_ssim_is_the_mean_over_windows_and_channels():
+    a, b = torch.rand(2, 2, 3, 14, 13, generator=seeded())
+    p, q = a[1].double().numpy(), b[1].double().numpy()
+    scores = []
+    for channel in range(3):
+        for y in range(4):
+            for x in range(3):
+                window = channel, slice(y, y + 11), slice(x, x + 11)
+                scores.append(ssim_of_one_window(p[window], q[window]))
+    both = noise.ssim(a, b)
+    assert both.shape == (2,)
+    close(both[1], np.mean(scores), 1e-9)
+    close(noise.ssim(b[:1], a[:1]), both[:1], 1e-12)
+
+
+def test_ssim_needs_two_batches_of_one_shape_of_at_least_11_by_11():
+    noise.ssim(GREY[..., :11, :11], GREY[..., :11, :11])
+    for small in (GREY[..., :10, :], GREY[..., :10]):
+        raises(ValueError, lambda: noise.ssim(small, small), 11)
+    raises(ValueError, lambda: noise.ssim(GREY, GREY[:1]), "one shape")
 
 
 # ------------------------------------------------------------------------------------------ data
@@ -625,12 +1124,27 @@ def test_a_thousand_damaged_files():
             assert least < refusals <= 200, (path, refusals)
 
 
+def test_noise_and_schedule_can_be_imported_alone():
+    use = ("import torch, noise, schedule\n"
+           "x = torch.rand(2, 3, 16, 16)\n"
+           "noise.ssim(x, noise.add_mixed_noise(x))\n"
+           "s = schedule.DiffusionSchedule(9, 'linear')\n"
+           "schedule.ddim(lambda x, t: x, s, x, 3, 0.5)\n"
+           "schedule.ddpm(lambda x, t: x, s, x)\n")
+    with folder():
+        for file in ("noise.py", "schedule.py"):
+            shutil.copy(HERE / file, ".")
+        done = subprocess.run([sys.executable, "-c", use], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
 def test_files_that_work_alone():
     for line in ("noise.py", "schedule.py", "data.py --data glyphs", "nf_denoiser.py",
                  "autoencoder.py"):
         with folder():
             file, *flags = line.split()
-            shutil.copy(HERE / file, ".")
+            for needed in {file, "data.py"}:  # which draws the pictures
+                shutil.copy(HERE / needed, ".")
             done = subprocess.run([sys.executable, file, *flags], capture_output=True, text=True,
                                   timeout=100)
             assert done.returncode == 0 and done.stdout.strip() and not done.stderr, done
@@ -867,74 +1381,33 @@ def test_any_number_of_pixels_and_at_the_last_timestep_x_t_does_not_matter():
 # ------------------------------------------------------------------ samplers, metrics, evaluation
 
 
-def test_samplers_recover_a_gaussian():
-    """For data ~ N(mu, s2) the best x0-prediction is known; a right sampler returns mu and s2."""
-    mu, s2, T = 0.4, 0.3, 500
-    sched, g = schedule.DiffusionSchedule(T), torch.Generator().manual_seed(0)
-
-    def exact(x_t, output_coords, t, input_coords, input_values):
-        bar = sched.alphas_cumprod[t].view(-1, 1, 1).float()
-        return mu + s2 * bar.sqrt() / (bar * s2 + 1 - bar) * (x_t - bar.sqrt() * mu)
-
-    where = torch.zeros(4, 5000, 2), torch.zeros(4, 1, 2), torch.zeros(4, 1, 1)
-    runs = {eta: schedule.ddim_sample(exact, sched, *where, num_steps=T, eta=eta, generator=g)
-            for eta in (0.0, 0.5, 1.0)}
-    runs["ddpm"] = schedule.ddpm_sample(exact, sched, *where, generator=g)
-    runs["50 steps"] = schedule.ddim_sample(exact, sched, *where, num_steps=50, generator=g)
-    for name, x in runs.items():
-        loose = 2 if name == "50 steps" else 1
-        assert abs(x.mean() - mu) < 0.015 * loose, f"{name}: mean {x.mean():.4f}, not {mu}"
-        assert abs(x.var() - s2) < 0.015 * loose, f"{name}: variance {x.var():.4f}, not {s2}"
-    raises(ValueError, lambda: schedule.ddim_sample(exact, sched, *where, eta=1.5), 1.5)
-
-
-def test_samplers_written_out():
-    """Both loops by hand: a timestep, then a step to the next lower one with noise of its own."""
-    sched, asked, told = schedule.DiffusionSchedule(20), [], []
+def test_the_documents_samplers_ask_the_model_at_the_output_pixels():
+    """ddim_sample and ddpm_sample: schedule.py's loops, from N(0, I) at the output coordinates."""
+    sched, asked = schedule.DiffusionSchedule(20), []
     where = torch.rand(2, 5, 2), torch.rand(2, 3, 2), torch.rand(2, 3, 1)
 
-    def model(x_t, *given):
-        asked.append(given)
-        return 0.9 * x_t
+    def model(x_t, output_coords, t, input_coords, input_values):
+        asked.append((output_coords, input_coords, input_values))
+        return 0.9 * x_t + t.view(2, 1, 1)
 
-    for steps, eta in ((4, 0.0), (4, 0.5), (20, 1.0), (20, "ddpm")):
-        asked.clear()
-        told.clear()
-        draw, options = schedule.ddpm_sample, {}
-        if eta != "ddpm":
-            draw, options = schedule.ddim_sample, dict(num_steps=steps, eta=eta)
-        got = draw(model, sched, *where, generator=seeded(), on_step=lambda *step:
-                   told.append(step), **options)
-        timesteps, g = sched.timesteps(steps).tolist(), seeded()
-        assert len(told) == len(asked) == steps
-        x_t = torch.randn(2, 5, 1, generator=g)
-        for i, (t, t_next) in enumerate(zip(timesteps, [*timesteps[1:], -1])):
-            assert told[i][0] == t and torch.equal(told[i][1], x_t)
-            assert torch.equal(told[i][2], 0.9 * x_t) and asked[i][1].tolist() == [t, t]
-            assert [asked[i][j] is x for j, x in zip((0, 2, 3), where)] == [True] * 3
-            eps = torch.randn(2, 5, 1, generator=g)
-            x_t = (sched.ddpm_step(x_t, 0.9 * x_t, t, eps) if eta == "ddpm" else
-                   sched.ddim_step(x_t, 0.9 * x_t, t, t_next, eta, eps))
-        assert torch.equal(got, x_t)
-
-
-def test_psnr_and_ssim():
-    close(sample.psnr(0.01), 20, 1e-9)
-    assert sample.psnr(0) == 100
-    a, b = torch.full((1, 1, 16, 16), 0.3), torch.full((1, 1, 16, 16), 0.7)
-    close(sample.ssim(a, a), [1.0], 1e-9)
-    close(sample.ssim(a, b), [(2 * 0.3 * 0.7 + 1e-4) / (0.09 + 0.49 + 1e-4)], 1e-6)
-    x, y = torch.rand(2, 2, 3, 14, 13, generator=seeded()).double()
-    w = np.exp(-((np.arange(11) - 5.0) ** 2) / 4.5)
-    w = w[:, None] * w / w.sum() ** 2
-    windows = np.lib.stride_tricks.sliding_window_view
-    p, q = (windows(z[1].numpy(), (11, 11), (1, 2)) for z in (x, y))
-    mean = lambda z: (w * z).sum((-1, -2))  # of each window
-    mp, mq = mean(p), mean(q)
-    vp, vq, cov = mean(p * p) - mp**2, mean(q * q) - mq**2, mean(p * q) - mp * mq
-    scores = (2 * mp * mq + 1e-4) * (2 * cov + 9e-4) / ((mp**2 + mq**2 + 1e-4) * (vp + vq + 9e-4))
-    close(sample.ssim(x, y)[1], scores.mean(), 1e-9)
-    raises(ValueError, lambda: sample.ssim(a[..., :10], b[..., :10]), 11)
+    denoise = lambda x_t, t: model(x_t, where[0], t, *where[1:])
+    g = seeded()
+    x_T = torch.randn(2, 5, 1, generator=g)
+    ddim = schedule.ddim(denoise, sched, x_T, 4, 0.5, g)
+    g = seeded()
+    x_T = torch.randn(2, 5, 1, generator=g)
+    ddpm = schedule.ddpm(denoise, sched, x_T, g)
+    asked.clear()
+    told = []
+    options = dict(generator=seeded(), on_step=record(told))
+    got = nf_denoiser.ddim_sample(model, sched, *where, num_steps=4, eta=0.5, **options)
+    assert torch.equal(got, ddim)
+    options = dict(generator=seeded(), on_step=record(told))
+    got = nf_denoiser.ddpm_sample(model, sched, *where, **options)
+    assert torch.equal(got, ddpm)
+    assert len(told) == len(asked) == 4 + 20
+    for given in asked:
+        assert all(a is b for a, b in zip(given, where))
 
 
 def test_classical_methods():
@@ -957,7 +1430,7 @@ def test_classical_methods():
 
 def sampler(sched, seed=0, **options):
     g = seeded(seed)
-    return functools.partial(schedule.ddim_sample, schedule=sched, generator=g, **options)
+    return functools.partial(nf_denoiser.ddim_sample, schedule=sched, generator=g, **options)
 
 
 def test_every_column_of_the_table_worked_out_again():
@@ -1002,7 +1475,8 @@ def test_every_column_of_the_table_worked_out_again():
     assert torch.equal(image.flatten(2).gather(2, chosen), truth.flatten(2).gather(2, chosen))
     asked.clear()
     split = sample.split_images(images, torch.arange(5), 3, full=True)
-    sample.reconstruct(spy, sched, split, functools.partial(schedule.ddpm_sample, schedule=sched))
+    all_steps = functools.partial(nf_denoiser.ddpm_sample, schedule=sched)
+    sample.reconstruct(spy, sched, split, all_steps)
     assert split["n_out"] == 820 and len(asked) == 2 + 20  # all timesteps, all pixels
     assert "sample" not in sample.reconstruct(spy, sched, split)
 

@@ -39,11 +39,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sample
 from autoencoder import DenoisingAutoencoder, autoencoder_loss, corrupted, training_loop
-from data import fixed_order, load_dataset, off_grid_split, run, sparse_split
+from data import (fixed_order, line_chart, load_dataset, off_grid_split, run,
+                  sparse_split)
 from nf_denoiser import PARTS, SIZES, NFDenoiser, nf_loss, pixel_covariance
 from noise import NOISES
 from sample import between, evaluate_field, load_checkpoint, pick_device, save_checkpoint
-from schedule import DiffusionSchedule, line_chart
+from schedule import DiffusionSchedule
 
 def mixed_precision(device):
     """bfloat16 autocast where a GPU has it in hardware."""
