@@ -55,24 +55,6 @@ class FourierFeatures(nn.Module):
         return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
 
-class SinusoidalTimeEmbedding(nn.Module):
-    """Sines and cosines of t at falling frequencies. Vaswani et al. (2017), section 3.5.
-
-    (B,) timesteps -> (B, dim) in [-1, 1]. Raises ValueError for a dim that is not even.
-    """
-
-    def __init__(self, dim):
-        super().__init__()
-        if dim < 2 or dim % 2:
-            raise ValueError(f"the time embedding needs an even dim of at least 2, got {dim}")
-        exponents = torch.arange(dim // 2) / (dim // 2)
-        self.register_buffer("frequencies", torch.exp(-math.log(10000) * exponents))
-
-    def forward(self, t):
-        angle = t[:, None].float() * self.frequencies
-        return torch.cat([angle.sin(), angle.cos()], dim=-1)
-
-
 # --------------------------------------------------------------------- attention and Perceiver IO
 class Attention(nn.Module):
     """Multi-head attention with a notion of distance. Vaswani et al. (2017), eq. 1.
@@ -323,42 +305,6 @@ class IndependentPixels(nn.Module):
         return image, y_out, variance
 
 
-# ------------------------------------------------------------------------------------------ U-Net
-class UNet(nn.Module):
-    """3 x 3 convolutions at full, half, ... resolution, one width for each. Ronneberger et al.
-
-    At half the resolution the same nine weights reach twice as far.
-
-    (B, channels, H, W) -> (B, widths[0], H, W); H and W must be divisible by
-    2^(len(widths) - 1). Skip connections are added, not concatenated.
-    """
-
-    def __init__(self, channels, widths):
-        super().__init__()
-        conv = lambda a, b, stride=1: nn.Conv2d(a, b, 3, stride, padding=1)
-        pairs = list(zip(widths, widths[1:]))
-        self.first = conv(channels, widths[0])
-        self.before = nn.ModuleList(conv(a, a) for a in widths)
-        self.down = nn.ModuleList(conv(a, b, stride=2) for a, b in pairs)
-        self.bottom = conv(widths[-1], widths[-1])
-        self.up = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in pairs)
-        self.after = nn.ModuleList(conv(a, a) for a, _ in pairs)
-
-    def forward(self, x):
-        x = self.first(x.contiguous(memory_format=torch.channels_last))
-        skips = []
-        for i, before in enumerate(self.before):
-            if i > 0:
-                x = self.down[i - 1](x.relu())
-            x = x + before(x.relu())
-            skips.append(x)
-        x = x + self.bottom(x.relu())
-        for i in reversed(range(len(self.up))):
-            x = skips[i] + F.interpolate(self.up[i](x.relu()), scale_factor=2)
-            x = x + self.after[i](x.relu())
-        return x
-
-
 # -------------------------------------------------------------------------------------- the model
 class NFDenoiser(nn.Module):
     """The neural field: clean values of noisy output pixels, given clean input pixels.
@@ -502,7 +448,60 @@ def ddim_sample(model, schedule, output_coords, input_coords, input_values, num_
     return ddim(denoise, schedule, x_T, num_steps, eta, generator, on_step)
 
 
-# ======================================================== below: points and pixels, checks, sizes
+# ============================== below: U-Net, time embedding, points and pixels, checks, sizes
+class SinusoidalTimeEmbedding(nn.Module):
+    """Sines and cosines of t at falling frequencies. Vaswani et al. (2017), section 3.5.
+
+    (B,) timesteps -> (B, dim) in [-1, 1]. Raises ValueError for a dim that is not even.
+    """
+
+    def __init__(self, dim):
+        super().__init__()
+        if dim < 2 or dim % 2:
+            raise ValueError(f"the time embedding needs an even dim of at least 2, got {dim}")
+        exponents = torch.arange(dim // 2) / (dim // 2)
+        self.register_buffer("frequencies", torch.exp(-math.log(10000) * exponents))
+
+    def forward(self, t):
+        angle = t[:, None].float() * self.frequencies
+        return torch.cat([angle.sin(), angle.cos()], dim=-1)
+
+
+class UNet(nn.Module):
+    """3 x 3 convolutions at full, half, ... resolution, one width for each. Ronneberger et al.
+
+    At half the resolution the same nine weights reach twice as far.
+
+    (B, channels, H, W) -> (B, widths[0], H, W); H and W must be divisible by
+    2^(len(widths) - 1). Skip connections are added, not concatenated.
+    """
+
+    def __init__(self, channels, widths):
+        super().__init__()
+        conv = lambda a, b, stride=1: nn.Conv2d(a, b, 3, stride, padding=1)
+        pairs = list(zip(widths, widths[1:]))
+        self.first = conv(channels, widths[0])
+        self.before = nn.ModuleList(conv(a, a) for a in widths)
+        self.down = nn.ModuleList(conv(a, b, stride=2) for a, b in pairs)
+        self.bottom = conv(widths[-1], widths[-1])
+        self.up = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in pairs)
+        self.after = nn.ModuleList(conv(a, a) for a, _ in pairs)
+
+    def forward(self, x):
+        x = self.first(x.contiguous(memory_format=torch.channels_last))
+        skips = []
+        for i, before in enumerate(self.before):
+            if i > 0:
+                x = self.down[i - 1](x.relu())
+            x = x + before(x.relu())
+            skips.append(x)
+        x = x + self.bottom(x.relu())
+        for i in reversed(range(len(self.up))):
+            x = skips[i] + F.interpolate(self.up[i](x.relu()), scale_factor=2)
+            x = x + self.after[i](x.relu())
+        return x
+
+
 def ddpm_sample(model, schedule, output_coords, input_coords, input_values, generator=None,
                 on_step=None):
     """Like ddim_sample, by schedule.ddpm."""
