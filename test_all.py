@@ -560,7 +560,7 @@ def test_glyphs_vary_in_place_size_stroke_and_angle():
     with spied(ImageDraw.ImageDraw, "text") as texts, spied(Image.Image, "rotate") as turns:
         _, labels = data.make_glyphs(600, seed=2)
     places = np.array([given[1] for given, _ in texts])
-    close([places.min(0), places.max(0)], [[11.5, 11.5], [16.5, 16.5]], 0.1)
+    close(np.array([places.min(0), places.max(0)]), [[11.5, 11.5], [16.5, 16.5]], 0.1)
     close([f(given[1] for given, _ in turns) for f in (min, max)], [-20, 20], 0.5)
     assert [given[2] for given, _ in texts] == [str(label.item()) for label in labels]
     assert {given[4].size for given, _ in texts} == set(range(20, 31))
@@ -681,6 +681,15 @@ def test_a_folder_needs_20_pictures():
         raises(ValueError, lambda: data.load_dataset(".", "", True), "19", "20")
 
 
+def test_the_two_ranges_of_values():
+    levels, unit = torch.arange(256, dtype=torch.uint8), torch.linspace(0, 1, 256)
+    close(data.to_signed(levels), torch.linspace(-1, 1, 256), 1e-6)
+    close(data.to_signed(unit), torch.linspace(-1, 1, 256), 1e-6)
+    close(data.to_unit(torch.linspace(-1, 1, 256)), unit, 1e-6)
+    assert data.to_signed(levels).dtype == data.to_unit(unit).dtype == torch.float32
+    assert torch.equal((data.to_unit(data.to_signed(levels)) * 255).round().byte(), levels)
+
+
 def test_sparse_split_against_numpy():
     images, order = torch.from_numpy(bytes_((40, 3, 6, 9))), torch.rand(40, 54, generator=seeded())
     s, ranks = data.sparse_split(images, 0.25, 0.4, order=order), order.numpy().argsort(1)
@@ -783,36 +792,46 @@ def curve_rows(chart, colour):
 
 def test_a_chart_is_not_upside_down():
     rising, falling = ([0, 50, 100], [0, 2, 10]), ([0, 50, 100], [10, 8, 0])
-    chart = schedule.line_chart("a title", {"up": rising, "down": falling})
+    chart = data.line_chart("a title", {"up": rising, "down": falling})
     (bottom, low, top), (first, high, last) = (curve_rows(chart, c) for c in (BLUE, ORANGE))
     close([first, last], [top, bottom], 5)
     height = bottom - top
     assert height > 200
     close([bottom - low, bottom - high], [0.2 * height, 0.8 * height], 5)
-    half = schedule.line_chart("", {"up": ([50, 100], [5, 10]), "all": rising})  # begins halfway
+    half = data.line_chart("", {"up": ([50, 100], [5, 10]), "all": rising})  # begins halfway
     assert np.nonzero((pixels_of(half)[30:] == BLUE).all(2))[1].min() > 240
 
 
 def axes(xs, ys):
-    """Draw a curve; {place: number} along the horizontal and the vertical axis."""
+    """Draw a curve; {place: number as text} along the horizontal and the vertical axis."""
     with spied(ImageDraw.ImageDraw, "text") as texts:
-        schedule.line_chart("", {"": (xs, ys)})
+        data.line_chart("", {"": (xs, ys)})
     places = [(*given[1], given[2]) for given, _ in texts if given[2]]
     return ({x: number for x, y, number in places if y > 290},
             {y: number for x, y, number in places if x < 60})
 
 
 def test_the_numbers_on_the_axes_are_where_they_say():
-    chart = schedule.line_chart("", {"": (range(5), range(5))})
+    chart = data.line_chart("", {"": (range(5), range(5))})
     across, up = axes(range(5), range(5))
-    assert list(across.values()) == list(up.values()) == ["0", "1", "2", "3", "4"]
+    for numbers in (across, up):
+        assert [float(text) for text in numbers.values()] == [0, 1, 2, 3, 4]
     for x, y in zip(across, up):  # the curve meets both
         assert (pixels_of(chart)[int(y) - 1:int(y) + 2, int(x)] == BLUE).all(1).any()
 
 
+def test_the_numbers_on_an_axis_are_right_and_distinct():
+    for low, high in ((20.9, 21), (0, 1), (70, 7000), (-0.3, 0.1), (-1e-4, 1e-4), (1e5, 1e5 + 1)):
+        for numbers in axes([low, high], [high, low]):
+            values = [float(text) for text in numbers.values()]
+            close(values, np.linspace(low, high, 5), 0.02 * (high - low))
+    across, up = axes([3], [7])  # a single point
+    assert [float(text) for text in up.values()] == [7, 7.25, 7.5, 7.75, 8]
+
+
 def test_the_labels_of_curves_have_their_colours():
     with spied(ImageDraw.ImageDraw, "text") as texts:
-        chart = schedule.line_chart("a title", {"one": ([0, 1], [0, 0]), "two": ([0, 1], [1, 1])})
+        chart = data.line_chart("a title", {"one": ([0, 1], [0, 0]), "two": ([0, 1], [1, 1])})
     where = {given[2]: given[1] for given, _ in texts}
     assert where["a title"][0] < where["two"][0] - 50 < where["one"][0] - 100
     for label, colour in (("one", BLUE), ("two", ORANGE)):
@@ -833,14 +852,14 @@ def test_of_a_complete_picture_a_share_of_the_pixels_is_given_at_random():
     photo, _ = photograph()
     with folder():
         save_png("photo.png", photo)
-        image, given, has_truth = sample.load_picture("photo.png", 3)
+        image, given, has_truth = data.load_picture("photo.png", 3)
         assert has_truth and given.sum() == 0.2 * 60 * 90 and given.dtype == torch.bool
         assert image.dtype == torch.uint8 and np.array_equal(image, photo.transpose(2, 0, 1))
         assert given[:30].sum() > 300 and given[:, :45].sum() > 300
-        load = lambda **options: sample.load_picture("photo.png", 3, **options)[1]
+        load = lambda **options: data.load_picture("photo.png", 3, **options)[1]
         assert torch.equal(load(seed=0), given) and not torch.equal(load(seed=1), given)
         assert load(input_ratio=0.75).sum() == 0.75 * 60 * 90
-        grey, _, _ = sample.load_picture("photo.png", 1)
+        grey, _, _ = data.load_picture("photo.png", 1)
         close(grey[0], photo @ [0.299, 0.587, 0.114], 1)
 
 
@@ -857,7 +876,7 @@ def test_transparent_pixels_are_missing_and_so_are_white_ones_of_a_mask():
         for names, missing in ((("holes.png", None), hole > 0), (("photo.png", "mask.png"), hole > 0),
                                (("half.png", "mask.png"), hole > 0),
                                (("holes.png", "bar.png"), (hole > 0) | (bar > 0))):
-            image, given, has_truth = sample.load_picture(names[0], 3, names[1])
+            image, given, has_truth = data.load_picture(names[0], 3, names[1])
             assert not has_truth and np.array_equal(given, ~missing), names
             assert np.array_equal(image[:, given], photo[~missing].T)
 
@@ -869,7 +888,7 @@ def test_a_picture_and_its_mask_are_both_turned_upright():
     with folder():
         for name, pixels in (("photo.png", photo), ("mask.png", hole)):
             Image.fromarray(pixels[::-1, ::-1]).save(name, exif=exif)
-        image, given, _ = sample.load_picture("photo.png", 3, "mask.png")
+        image, given, _ = data.load_picture("photo.png", 3, "mask.png")
     assert np.array_equal(image[0, 0], photo[0, :, 0] * given[0].numpy())
     assert np.array_equal(given, hole == 0)
 
@@ -881,13 +900,13 @@ def test_a_large_picture_is_reduced_to_1024_pixels():
         save_png("complete.png", noisy)
         save_png("holes.png", *[noisy] * 3, 255 * np.broadcast_to(~hole, noisy.shape))
         save_png("limit.png", noisy[:, 1:].T)
-        (image, _, _), said = quiet(sample.load_picture, "complete.png", 1)
+        (image, _, _), said = quiet(data.load_picture, "complete.png", 1)
         assert image.shape == (1, 40, 1024) and "complete.png is reduced to 1024" in said
         assert (image % 2).any()  # averaged
-        (image, given, _), _ = quiet(sample.load_picture, "holes.png", 1)
+        (image, given, _), _ = quiet(data.load_picture, "holes.png", 1)
         assert not (image % 2).any()  # next to holes the nearest pixel
         close(given.double().mean(), 0.5, 0.02)
-        (image, _, _), said = quiet(sample.load_picture, "limit.png", 1)
+        (image, _, _), said = quiet(data.load_picture, "limit.png", 1)
         assert image.shape == (1, 1024, 40) and not said
 
 
@@ -899,18 +918,18 @@ def test_pictures_that_cannot_be_restored_are_refused():
         save_png("black.png", 0 * hole)
         for mask, words in (("small.png", ["same size", "(90, 50)", "(90, 60)"]),
                             ("black.png", ["no pixel is missing"]), ("none.png", ["none.png"])):
-            raises(ValueError, lambda: sample.load_picture("photo.png", 3, mask), *words)
+            raises(ValueError, lambda: data.load_picture("photo.png", 3, mask), *words)
 
 
 def test_pictures_are_saved_all_or_none():
     one, two = (Image.new("L", (2, 2), value) for value in (1, 2))
     with folder():
         place = Path("a/b")
-        _, said = quiet(sample.save_pictures, place, {"one.png": one, "two.png": two})
+        _, said = quiet(data.save_pictures, place, {"one.png": one, "two.png": two})
         assert [pixels_of(place / f"{n}.png").max() for n in ("one", "two")] == [1, 2]
         assert said == f"picture: {place}/one.png\npicture: {place}/two.png\n"
         assert len(files_in(place)) == 2
-        raises(ValueError, lambda: sample.save_pictures(place, {"one.png": two, "two.odd": one}))
+        raises(ValueError, lambda: data.save_pictures(place, {"one.png": two, "two.odd": one}))
         assert pixels_of(place / "one.png").max() == 1
 
 
@@ -2062,13 +2081,10 @@ def test_a_photograph_of_your_own():
         assert (image == restored("a.png --mask mask.png")[1]).all()
         assert (image == restored("some.png --mask mask.png")[1]).all()  # either will do
         assert abs(image - photo)[20:30, 30:40].max() < 60  # 7 was not used
-        # Grey stays grey; every second pixel of an enlarged picture is the picture.
-        out, image = restored("grey.png --upscale 2")
-        assert image.shape == (56, 56) and (image[::2, ::2] == grey).all()
+        out, image = restored("grey.png")  # grey stays grey
+        assert image.shape == (28, 28) and (image == grey).mean() >= 0.2
         out, image = restored("wide.png")
         assert "reduced" in out and image.shape == (27, 1024, 3)[:image.ndim]
-        out, image = restored("wide.png --upscale 2")
-        assert "512" in out and image.shape == (28, 1024, 3)[:image.ndim]
         out = works(sample, "--image photo.png --size 32 --steps 2 --samples 2 --gif")
         assert " 1 images" in out and Path("out/nf/spread.png").exists()
         before = Path("out/nf/restored.png").read_bytes()
@@ -2158,9 +2174,8 @@ def test_bad_input_gets_one_line_and_an_exit_code():
                 (sample, ("--eta 2", "--eta nan", "--scale 0", "--scale 17", "--seed -1",
                           "--evaluate 0", "--samples 1", "--sampler ddpm --eta 1",
                           "--sampler ddpm --steps 5", "--steps 1001", "--input-ratio 1.1",
-                          "--input-ratio nan", "--size 32", "--mask x.png", "--upscale 2",
-                          "--upscale 0", "--image x.png --gif",
-                          "--image x.png --size 32 --upscale 2")),
+                          "--input-ratio nan", "--size 32", "--mask x.png",
+                          "--image x.png --gif", "--image x.png --size 32 --mask x.png")),
                 (autoencoder, ("--seeds 0", "--epochs 0", "--exercise nope")),
                 (noise, ("--nope",)), (data, ("--seed x",))):
             for line in lines:

@@ -39,11 +39,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sample
 from autoencoder import DenoisingAutoencoder, autoencoder_loss, corrupted, training_loop
-from data import fixed_order, load_dataset, run, sparse_split
+from data import fixed_order, line_chart, load_dataset, run, sparse_split
 from nf_denoiser import PARTS, SIZES, NFDenoiser, pixel_covariance
 from noise import NOISES
 from sample import between, evaluate_field, load_checkpoint, pick_device, save_checkpoint
-from schedule import DiffusionSchedule, line_chart
+from schedule import DiffusionSchedule
 
 # ------------------------------------------------------------------------------- the neural field
 def field_loss(model, images, schedule, pure_noise, order=None, shard=slice(None)):
