@@ -1,15 +1,14 @@
-"""Images to learn from, and the sparse pixels that the neural field sees.
+"""Images as tensors: read image files, choose sparse pixels, turn tensors into pictures.
 
-CIFAR-10   records of 1 label byte and 3,072 pixel bytes: 1,024 red, 1,024 green, 1,024 blue
-MNIST      IDX: magic number, count, (height, width), all big-endian 32-bit, then the bytes
-leaves     32 x 32 colour, made here: overlapping discs ("dead leaves")
+CIFAR-10   32 x 32 colour, 10 classes of photographs        Krizhevsky (2009)
+MNIST      28 x 28 grey, handwritten digits                 LeCun et al. (1998)
+leaves     32 x 32 colour, made here: overlapping discs     Lee, Mumford & Huang (IJCV 2001)
 glyphs     28 x 28 grey, made here: digits of Pillow's font, turned, scaled and shifted
 a folder   every picture below it, as 32 x 32 colour or 28 x 28 grey
 
     python data.py                         # CIFAR-10 (or leaves) as sparse pixels: out/data.png
 
-CIFAR-10: Krizhevsky (2009). MNIST: LeCun et al. (1998). Dead leaves: Lee, Mumford & Huang (IJCV
-2001). This file needs only torch, numpy and Pillow: copy it anywhere.
+This file needs only torch, numpy and Pillow: copy it anywhere.
 """
 import argparse
 import contextlib
@@ -27,6 +26,141 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+
+
+def load_cifar10(root, train):
+    """CIFAR-10, binary version, from root/cifar-10-batches-bin; downloaded if it is not there.
+
+    Returns (images uint8 (N, 3, 32, 32), labels uint8 (N,)); N is 50,000 or 10,000, or fewer,
+    with a notice. Raises ConnectionError if a download fails, ValueError for a damaged file.
+    """
+    names = [f"data_batch_{i}.bin" for i in range(1, 6)] if train else ["test_batch.bin"]
+    # A record has 3,073 bytes: the label, then all red values, all green, all blue, each plane
+    # row by row from the top. That is already the order (channel, row, column) of a tensor.
+    records = read_cifar10_records(root, names)  # (N, 3073)
+    labels = records[:, 0].clone()
+    images = records[:, 1:].reshape(-1, 3, 32, 32)
+    return images, labels
+
+
+def load_mnist(root, train):
+    """MNIST from its IDX files in root/MNIST/raw, gzipped or not; downloaded if not there.
+
+    Returns (images uint8 (N, 1, 28, 28), labels uint8 (N,)). Raises as load_cifar10 does.
+    """
+    folder = Path(root) / "MNIST" / "raw"
+    prefix = "train" if train else "t10k"
+    images = read_idx(folder / f"{prefix}-images-idx3-ubyte", (28, 28))
+    labels = read_idx(folder / f"{prefix}-labels-idx1-ubyte", ())
+    if len(images) != len(labels) or labels.max() > 9:
+        raise ValueError(f"{folder}/{prefix}*: expected labels 0 to 9 for {len(images):,} images, "
+                         f"found {len(labels):,} labels up to {labels.max()}; delete the files "
+                         f"to fetch them again")
+    return torch.from_numpy(images[:, None]), torch.from_numpy(labels)
+
+
+def parse_idx(content, shape):
+    """The items of the given shape in the bytes of an IDX file: uint8 (N, *shape).
+
+    An IDX file starts with big-endian 32-bit numbers: 0x0800 (the values are uint8) plus the
+    number of dimensions, then the size of each dimension. The values follow, the last dimension
+    fastest. Raises ValueError if the header is not that of (N, *shape) with N > 0.
+    """
+    header = np.frombuffer(content, ">u4", count=2 + len(shape))
+    items = np.frombuffer(content, np.uint8, offset=header.nbytes).reshape(-1, *shape)
+    expected = [0x0800 + items.ndim, len(items), *shape]
+    if header.tolist() != expected or len(items) == 0:
+        raise ValueError(f"header {header.tolist()} and {len(items):,} items")
+    return items.copy()  # the bytes of a file are read-only
+
+
+def to_signed(images):
+    """The networks' range, centred on 0: uint8 in 0..255 or float in [0, 1], to [-1, 1]."""
+    if images.dtype == torch.uint8:
+        return images.float() / 127.5 - 1
+    return images * 2 - 1
+
+
+def to_unit(x):
+    """The range of pictures and of the metrics: float in [-1, 1], to [0, 1]."""
+    return x / 2 + 0.5
+
+
+def sparse_split(images, input_ratio=0.2, output_ratio=0.2, generator=None, order=None):
+    """Choose input and output pixels of each image at random, no pixel twice.
+
+    images: (B, C, H, W), uint8 (mapped to [-1, 1]) or float (taken as they are). A ratio takes
+    int(H * W * ratio) pixels; output_ratio None takes all that are not input. order: random
+    numbers (B, H * W), such as fixed_order's; None draws them with `generator`.
+    Returns a dict: full_image (B, C, H, W), input_coords (B, N_in, 2), input_values (B, N_in, C),
+    input_indices (B, N_in), the same for the output. A coordinate is (x, y) = (column, row) /
+    (side - 1), an index row * W + column. Raises ValueError for ratios of no or too many pixels.
+    """
+    batch, channels, height, width = images.shape
+    n_in, n_out = count_split(height * width, input_ratio, output_ratio)
+    # Sorting random numbers shuffles the pixels of every image at once, without a loop: the
+    # first n_in indices of a row are the input, the next n_out the output.
+    if order is None:
+        order = torch.rand(batch, height * width, generator=generator, device=images.device)
+    shuffled = order.argsort(dim=1, stable=True)  # (B, H * W)
+    chosen = {"input": shuffled[:, :n_in], "output": shuffled[:, n_in:n_in + n_out]}
+
+    full_image = to_signed(images) if images.dtype == torch.uint8 else images
+    pixels = full_image.flatten(2).mT  # (B, H * W, C)
+    split = {"full_image": full_image}
+    for name, indices in chosen.items():
+        x = indices % width / max(width - 1, 1)
+        y = indices // width / max(height - 1, 1)
+        split[f"{name}_indices"] = indices
+        split[f"{name}_coords"] = torch.stack([x, y], dim=-1)
+        split[f"{name}_values"] = pixels.take_along_dim(indices[:, :, None], dim=1)
+    return split
+
+
+def off_grid_split(images, input_ratio=0.2, output_ratio=0.2, generator=None, order=None):
+    """Like sparse_split, but the input lies at random places, not on the pixel grid.
+
+    Its values are read bilinearly from the image at coordinates uniform in [0, 1]^2; input_indices
+    are the nearest pixels. The output are pixels of the grid, for output_ratio None all of them.
+    order: uniform (B, H * W + 2 N_in): first random numbers for the pixels, then the coordinates.
+    """
+    batch, _, height, width = images.shape
+    pixels = height * width
+    n_in, n_out = count_split(pixels, input_ratio, output_ratio)
+    if order is None:
+        order = torch.rand(batch, pixels + 2 * n_in, generator=generator, device=images.device)
+    split = sparse_split(images, input_ratio, None, order=order[:, :pixels])
+    for key in ("indices", "coords", "values"):
+        everywhere = torch.cat([split[f"output_{key}"], split[f"input_{key}"]], dim=1)
+        split[f"output_{key}"] = everywhere[:, :pixels if output_ratio is None else n_out]
+    coords = order[:, pixels:].unflatten(1, (n_in, 2))
+    grid = to_signed(coords)[:, :, None]                                   # (B, N_in, 1, 2)
+    values = F.grid_sample(split["full_image"], grid, align_corners=True)  # (B, C, N_in, 1)
+    column, row = (coords * coords.new_tensor([width - 1, height - 1])).round().long().unbind(-1)
+    split["input_indices"] = row * width + column
+    split["input_coords"], split["input_values"] = coords, values[..., 0].mT
+    return split
+
+
+def fixed_order(seed, indices, num_pixels):
+    """Random numbers for sparse_split that depend on the seed and an image's index alone.
+
+    So image 7 has the same mask in every batch, run and process. indices: int64 (B,). Returns
+    uniform float32 (B, num_pixels).
+    """
+    rows = [np.random.default_rng((seed, index)).random(num_pixels) for index in indices.tolist()]
+    return torch.from_numpy(np.stack(rows)).to(indices.device, torch.float32)
+
+
+def to_picture(image):
+    """A Pillow image, RGB, of a tensor (C, H, W) in [0, 1], C = 1 or 3."""
+    levels = (image.clamp(0, 1) * 255).round().byte()
+    pixels = levels.expand(3, -1, -1).permute(1, 2, 0)  # Pillow has the channels last
+    return Image.fromarray(pixels.cpu().numpy())
+
+
+# ===================== below: downloads, built-in sets, folders, pictures, command line
+
 CIFAR10_URLS = ["https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"]
 CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 MNIST_URLS = ["https://ossci-datasets.s3.amazonaws.com/mnist/",
@@ -35,66 +169,6 @@ MNIST_MD5 = {"train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
              "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
              "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
              "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c"}
-FETCH_AGAIN = "delete the file to fetch it again"
-
-
-def load_cifar10(root, train):
-    """CIFAR-10, binary version, from root/cifar-10-batches-bin; fetched if it is not there.
-
-    Returns (images uint8 (N, 3, 32, 32), labels uint8 (N,)); N is 50,000 or 10,000, or fewer,
-    with a notice. Raises ConnectionError if it cannot be fetched, ValueError for a damaged file.
-    """
-    folder = Path(root) / "cifar-10-batches-bin"
-    names = [f"data_batch_{i}.bin" for i in range(1, 6)] if train else ["test_batch.bin"]
-    if not all((folder / name).exists() for name in names):
-        archive = Path(root) / "cifar-10-binary.tar.gz"
-        download(CIFAR10_URLS, archive, CIFAR10_MD5)
-        shutil.unpack_archive(archive, root, filter="data")  # nothing outside this folder
-        archive.unlink()
-    records = []
-    for name in names:
-        content = np.fromfile(folder / name, np.uint8, count=30_730_001)
-        if len(content) not in range(3073, 30_730_001, 3073) or content[::3073].max() > 9:
-            raise ValueError(f"{folder / name}: expected 10,000 records of 3,073 bytes, the first "
-                             f"0 to 9, not these {len(content):,} bytes; {FETCH_AGAIN}")
-        if len(content) < 30_730_000:
-            print(f"notice: {name} holds {len(content) // 3073:,} of 10,000 images")
-        records.append(content.reshape(-1, 3073))  # a label, then 3 x 32 x 32 pixels
-    records = torch.from_numpy(np.concatenate(records))
-    return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0].clone()
-
-
-def load_mnist(root, train):
-    """MNIST from its IDX files in root/MNIST/raw, gzipped or not; fetched if they are not there.
-
-    Returns (images uint8 (N, 1, 28, 28), labels uint8 (N,)). Raises as load_cifar10 does.
-    """
-    folder, prefix = Path(root) / "MNIST" / "raw", "train" if train else "t10k"
-    images = read_idx(folder / f"{prefix}-images-idx3-ubyte", (28, 28))
-    labels = read_idx(folder / f"{prefix}-labels-idx1-ubyte", ())
-    if len(images) != len(labels) or labels.max() > 9:
-        raise ValueError(f"{folder}/{prefix}*: expected labels 0 to 9 for {len(images):,} images, "
-                         f"found {len(labels):,} labels up to {labels.max()}; {FETCH_AGAIN}")
-    return torch.from_numpy(images[:, None]), torch.from_numpy(labels)
-
-
-def read_idx(path, shape):
-    """The items of an IDX file, or of path.gz, fetched if neither is there: uint8 (N, *shape)."""
-    if not path.exists():
-        path = path.with_name(path.name + ".gz")
-    if not path.exists():
-        download([url + path.name for url in MNIST_URLS], path, MNIST_MD5[path.name])
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            header = np.frombuffer(file.read(8 + 4 * len(shape)), ">u4").tolist()
-            content = file.read(60_000 * math.prod(shape) + 1)  # never unpacks more than that
-        items = np.frombuffer(content, np.uint8).reshape(-1, *shape).copy()
-        if header != [0x0800 + items.ndim, len(items), *shape] or len(items) == 0:  # 08: uint8
-            raise ValueError(f"header {header} and {len(items):,} items")
-    except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as problem:
-        raise ValueError(f"{path}: expected an IDX file of items of shape {shape}, found a damaged "
-                         f"one: {problem}; {FETCH_AGAIN}") from None
-    return items
 
 
 def download(urls, path, md5):
@@ -106,7 +180,8 @@ def download(urls, path, md5):
         try:
             with urllib.request.urlopen(url, timeout=10) as response:
                 content = response.read()
-            if (found := hashlib.md5(content).hexdigest()) != md5:
+            found = hashlib.md5(content).hexdigest()
+            if found != md5:
                 raise ValueError(f"its MD5 should be {md5} and is {found}")
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_bytes(content)
@@ -118,6 +193,55 @@ def download(urls, path, md5):
             temporary.unlink(missing_ok=True)
     raise ConnectionError(f"cannot fetch {path.name} ({'; '.join(reasons)}); put the files into "
                           f"{path.parent}/ yourself, or use --data leaves or --data glyphs")
+
+
+def read_cifar10_records(root, names):
+    """All records of these files of CIFAR-10, downloaded if one is not there: uint8 (N, 3073)."""
+    paths = [Path(root) / "cifar-10-batches-bin" / name for name in names]
+    if not all(path.exists() for path in paths):
+        archive = Path(root) / "cifar-10-binary.tar.gz"
+        download(CIFAR10_URLS, archive, CIFAR10_MD5)
+        shutil.unpack_archive(archive, root, filter="data")  # nothing outside this folder
+        archive.unlink()
+    records = []
+    for path in paths:
+        content = np.fromfile(path, np.uint8, count=30_730_001)  # one byte too many is enough
+        count, rest = divmod(len(content), 3073)
+        if rest or not 1 <= count <= 10_000 or content[::3073].max() > 9:
+            raise ValueError(f"{path}: expected 10,000 records of 3,073 bytes, the first 0 to 9, "
+                             f"not these {len(content):,} bytes; delete it to fetch it again")
+        if count < 10_000:
+            print(f"notice: {path.name} holds {count:,} of 10,000 images")
+        records.append(content.reshape(count, 3073))
+    return torch.from_numpy(np.concatenate(records))
+
+
+def read_idx(path, shape):
+    """parse_idx of the file `path` or path.gz, downloaded if neither is there."""
+    if not path.exists():
+        path = path.with_name(path.name + ".gz")
+    if not path.exists():
+        download([url + path.name for url in MNIST_URLS], path, MNIST_MD5[path.name])
+    open_file = gzip.open if path.suffix == ".gz" else open
+    limit = 17 + 60_000 * math.prod(shape)  # never unpacks more than a little too much
+    try:
+        with open_file(path, "rb") as file:
+            return parse_idx(file.read(limit), shape)
+    except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as problem:
+        raise ValueError(f"{path}: expected an IDX file of items of shape {shape}, found a damaged "
+                         f"one: {problem}; delete it to fetch it again") from None
+
+
+def count_split(num_pixels, input_ratio, output_ratio):
+    """How many pixels sparse_split takes, (n_in, n_out). Raises ValueError."""
+    n_in = int(num_pixels * input_ratio) if 0 < input_ratio < 1 else 0
+    n_out = num_pixels - n_in
+    if output_ratio is not None:
+        n_out = int(num_pixels * output_ratio) if 0 < output_ratio < 1 else 0
+    if n_in < 1 or n_out < 1 or n_in + n_out > num_pixels:
+        raise ValueError(f"ratios {input_ratio} and {output_ratio} must each take a pixel "
+                         f"and together at most {num_pixels}")
+    return n_in, n_out
 
 
 def make_leaves(count, seed):
@@ -133,14 +257,16 @@ def make_leaves(count, seed):
         radius = (3**-2 - u * (3**-2 - 40**-2)) ** -0.5
         centre = rng.random((discs, 2)) * (1024 + 2 * 40) - 40
         colour = rng.normal(122, 55, (discs, 1)) + rng.normal(0, 22, (discs, 3))
+        colour = colour.clip(0, 255).astype(int)
+        boxes = 2 * np.hstack([centre - radius, centre + radius])
         canvas = Image.new("RGB", (2048, 2048), (122, 122, 122))  # twice the size: smooth edges
         draw = ImageDraw.Draw(canvas)
-        boxes = np.concatenate([2 * (centre - radius), 2 * (centre + radius)], axis=1)
-        for box, fill in zip(boxes.tolist(), colour.clip(0, 255).astype(int).tolist()):
+        for box, fill in zip(boxes.tolist(), colour.tolist()):
             draw.ellipse(box, fill=tuple(fill))
-        pixels = torch.from_numpy(np.array(canvas.reduce(2)))  # (1024, 1024, 3)
-        tiles.append(pixels.unfold(0, 32, 32).unfold(1, 32, 32).flatten(0, 1))  # (1024, 3, 32, 32)
-    return torch.cat(tiles)[:count].contiguous(), torch.zeros(count, dtype=torch.uint8)
+        pixels = to_tensor(canvas.reduce(2))  # (3, 1024, 1024)
+        tiles.append(pixels.unfold(1, 32, 32).unfold(2, 32, 32))  # (3, 32, 32, 32, 32)
+    images = torch.cat(tiles, dim=1).flatten(1, 2)[:, :count]
+    return images.transpose(0, 1).contiguous(), torch.zeros(count, dtype=torch.uint8)
 
 
 def make_glyphs(count, seed):
@@ -155,53 +281,12 @@ def make_glyphs(count, seed):
     for image, label in zip(images, labels):
         digit = Image.new("L", (28, 28))
         centre = 14 + rng.uniform(-2.5, 2.5, 2)
-        ImageDraw.Draw(digit).text(centre, str(label), 255, fonts[rng.integers(11)], anchor="mm",
-                                   stroke_width=rng.integers(3) / 2)
+        font = fonts[rng.integers(11)]
+        stroke = rng.integers(3) / 2
+        draw = ImageDraw.Draw(digit)
+        draw.text(centre, str(label), 255, font, anchor="mm", stroke_width=stroke)
         image[0] = digit.rotate(rng.uniform(-20, 20), Image.Resampling.BICUBIC)
     return torch.from_numpy(images), torch.from_numpy(labels)
-
-
-def open_picture(path):
-    """A Pillow image, upright. Raises ValueError for a file that is no picture, damaged or huge."""
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-        if image.mode == "F":
-            raise ValueError("its pixels are floating-point numbers")
-        if image.mode.startswith("I"):  # 16 bits a pixel: Pillow would clip them at 255
-            image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype("u1"))
-        return image
-    except Exception as problem:  # Pillow's readers of damaged files raise all kinds of things
-        reason = str(problem) or type(problem).__name__
-        raise ValueError(f"cannot use {path} as a picture: {reason}") from None
-
-
-def square_picture(image, channels, side):
-    """The middle square of a Pillow image, resized: uint8 (channels, side, side)."""
-    image = image.convert("RGB" if channels == 3 else "L")
-    image = ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(image)).view(side, side, channels).permute(2, 0, 1)
-
-
-def load_folder(folder, train, channels, side):
-    """Every picture below a folder. The 10% with the lowest hashes of their names are the test set.
-
-    Returns (images uint8 (N, channels, side, side), labels, all 0). Raises ValueError if
-    there are fewer than 20.
-    """
-    paths, pictures = [path for path in Path(folder).rglob("*") if path.is_file()], {}
-    for path in paths:
-        name = path.relative_to(folder).as_posix().encode(errors="surrogateescape")
-        with contextlib.suppress(ValueError):
-            pictures[zlib.crc32(name), name] = square_picture(open_picture(path), channels, side)
-    count = len(pictures)
-    if count < len(paths):
-        print(f"notice: {folder}: {len(paths) - count:,} of {len(paths):,} files are not pictures")
-    if count < 20:
-        raise ValueError(f"{folder} holds {count} pictures that can be read; 20 are needed")
-    images = torch.stack([pictures[key] for key in sorted(pictures)])
-    images = images[count // 10:] if train else images[:count // 10]
-    return images, torch.zeros(len(images), dtype=torch.uint8)
 
 
 BUILT_IN = {"leaves": (make_leaves, 20_480, 1_024), "glyphs": (make_glyphs, 20_000, 2_000)}
@@ -221,87 +306,115 @@ def load_dataset(name, root, train, real="cifar10"):
             name = "leaves" if real == "cifar10" else "glyphs"
             print(f"*** NO {real.upper()}: {problem}\n*** USING THE BUILT-IN SET '{name}' INSTEAD: "
                   f"figures are not {real} figures (--data {real} makes this an error)")
+    if name == "cifar10":
+        return name, *load_cifar10(root, train)
+    if name == "mnist":
+        return name, *load_mnist(root, train)
     if name in BUILT_IN:
         make, train_count, test_count = BUILT_IN[name]
         return name, *(make(train_count, seed=1) if train else make(test_count, seed=2))
-    if name in ("cifar10", "mnist"):
-        return name, *(load_cifar10 if name == "cifar10" else load_mnist)(root, train)
     if Path(name).is_dir():
-        return name, *load_folder(name, train, *((3, 32) if real == "cifar10" else (1, 28)))
+        channels, side = (3, 32) if real == "cifar10" else (1, 28)
+        return name, *load_folder(name, train, channels, side)
     raise ValueError(f"--data must be auto, cifar10, mnist, leaves, glyphs or a folder, not {name}")
 
 
-def fixed_order(seed, indices, num_pixels):
-    """Uniform float32 (B, num_pixels), fixed by seed and image index; indices: int64 (B,)."""
-    rows = [np.random.default_rng((seed, index)).random(num_pixels) for index in indices.tolist()]
-    return torch.from_numpy(np.stack(rows)).to(indices.device, torch.float32)
+def load_folder(folder, train, channels, side):
+    """Every picture below a folder. The 10% with the lowest hashes of their names are the test set.
 
-
-def sparse_split(images, input_ratio=0.2, output_ratio=0.2, generator=None, order=None):
-    """Choose input and output pixels of each image at random, no pixel twice.
-
-    images: (B, C, H, W), uint8 (mapped to [-1, 1]) or float (taken as they are). A ratio takes
-    int(H * W * ratio) pixels; output_ratio None takes all that are not input. order: (B, H * W), or
-    None to draw it with `generator`; the lowest are the input, the next the output.
-    Returns a dict: full_image (B, C, H, W), input_coords (B, N_in, 2), input_values (B, N_in, C),
-    input_indices (B, N_in), the same for the output. A coordinate is (x, y) = (column, row) /
-    (side - 1), an index row * W + column. Raises ValueError for ratios of no or too many pixels.
+    Returns (images uint8 (N, channels, side, side), labels, all 0). Raises ValueError if
+    there are fewer than 20.
     """
-    batch, channels, height, width = images.shape
-    pixels = height * width
-    n_in = int(pixels * input_ratio) if 0 < input_ratio < 1 else 0
-    n_out = pixels - n_in
-    if output_ratio is not None:
-        n_out = int(pixels * output_ratio) if 0 < output_ratio < 1 else 0
-    if n_in < 1 or n_out < 1 or n_in + n_out > pixels:
-        raise ValueError(f"ratios {input_ratio} and {output_ratio} must each take a pixel "
-                         f"and together at most {pixels}")
-    if order is None:
-        order = torch.rand(batch, pixels, generator=generator, device=images.device)
-    order = order.argsort(dim=1, stable=True)
-    full_image = images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
-    values = full_image.flatten(2).transpose(1, 2)  # (B, H * W, C)
-    split = {"full_image": full_image}
-    for name, indices in (("input", order[:, :n_in]), ("output", order[:, n_in:n_in + n_out])):
-        x, y = indices % width / max(width - 1, 1), indices // width / max(height - 1, 1)
-        split[f"{name}_indices"] = indices
-        split[f"{name}_coords"] = torch.stack([x, y], dim=-1)
-        split[f"{name}_values"] = values.take_along_dim(indices[:, :, None], dim=1)
-    return split
+    def hash_of_name(path):
+        name = path.relative_to(folder).as_posix()
+        return zlib.crc32(name.encode(errors="surrogateescape"))
+
+    paths = [path for path in Path(folder).rglob("*") if path.is_file()]
+    pictures = []
+    for path in sorted(sorted(paths), key=hash_of_name):
+        with contextlib.suppress(ValueError):
+            pictures.append(square_picture(open_picture(path), channels, side))
+    count = len(pictures)
+    if count < len(paths):
+        print(f"notice: {folder}: {len(paths) - count:,} of {len(paths):,} files are not pictures")
+    if count < 20:
+        raise ValueError(f"{folder} holds {count} pictures that can be read; 20 are needed")
+    test_count = count // 10
+    images = torch.stack(pictures[test_count:] if train else pictures[:test_count])
+    return images, torch.zeros(len(images), dtype=torch.uint8)
 
 
-def off_grid_split(images, input_ratio=0.2, output_ratio=0.2, generator=None, order=None):
-    """Like sparse_split, but the input lies at random places, not on the pixel grid.
+def open_picture(path):
+    """A Pillow image, upright. Raises ValueError for a file that is no picture, damaged or huge."""
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+        if image.mode == "F":
+            raise ValueError("its pixels are floating-point numbers")
+        if image.mode.startswith("I"):  # 16 bits a pixel: Pillow would clip them at 255
+            levels = np.asarray(image) / 257
+            image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
+        return image
+    except Exception as problem:  # Pillow's readers of damaged files raise all kinds of things
+        reason = str(problem) or type(problem).__name__
+        raise ValueError(f"cannot use {path} as a picture: {reason}") from None
 
-    The input's values are read bilinearly from the image at coordinates uniform in [0, 1]^2;
-    input_indices are the nearest pixels. The output are pixels of the grid, None: all of them.
-    order: (B, H * W + 2 N_in), uniform in [0, 1]: first the order of the pixels, then the places.
+
+MODES = {1: "L", 3: "RGB"}  # Pillow's name for each number of channels
+
+
+def square_picture(picture, channels, side):
+    """The middle square of a Pillow image, resized: uint8 (channels, side, side)."""
+    picture = picture.convert(MODES[channels])
+    return to_tensor(ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS))
+
+
+def to_tensor(picture):
+    """uint8 (C, H, W) of a Pillow image of mode RGB or L."""
+    pixels = np.atleast_3d(np.array(picture))  # (H, W, C)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def load_picture(path, channels, mask=None, input_ratio=0.2, seed=0):
+    """A picture with missing pixels: (image uint8 (C, H, W), input_mask bool (H, W), has_truth).
+
+    Missing pixels: transparent ones (alpha below 128), and where the picture `mask` is white (128
+    or more); of a complete picture (has_truth) all but input_ratio, drawn with `seed`.
+    At most 1,024 pixels a side: larger pictures are reduced, with a notice.
+    Raises ValueError for files that cannot be used and if nothing is missing.
     """
-    batch, channels, height, width = images.shape
-    pixels = height * width
-    n_in = int(pixels * input_ratio)
-    if order is None:
-        order = torch.rand(batch, pixels + 2 * n_in, generator=generator, device=images.device)
-    places = order[:, pixels:].unflatten(1, (n_in, 2))
-    split = sparse_split(images, input_ratio, None, order=order[:, :pixels])
-    indices = torch.cat([split["output_indices"], split["input_indices"]], dim=1)
-    if output_ratio is not None:
-        indices = indices[:, :int(pixels * output_ratio)]
-    grid = 2 * places[:, :, None] - 1                                      # (B, N_in, 1, 2)
-    read = F.grid_sample(split["full_image"], grid, align_corners=True)    # (B, C, N_in, 1)
-    column, row = (places * torch.tensor([width - 1, height - 1]).to(places)).round().long().unbind(-1)
-    values = split["full_image"].flatten(2).transpose(1, 2)
-    x, y = indices % width / max(width - 1, 1), indices // width / max(height - 1, 1)
-    return dict(full_image=split["full_image"], input_coords=places, input_values=read[..., 0].mT,
-                input_indices=row * width + column, output_indices=indices,
-                output_coords=torch.stack([x, y], dim=-1),
-                output_values=values.take_along_dim(indices[:, :, None], dim=1))
+    picture = open_picture(path).convert("RGBA")
+    if mask:
+        white = open_picture(mask).convert("L").point(lambda level: 255 * (level >= 128))
+        if white.size != picture.size:
+            raise ValueError(f"{mask} has the size {white.size} and {path} {picture.size}: they "
+                             f"must have the same size")
+        picture.paste((0, 0, 0, 0), mask=white)
+    lowest_alpha, _ = picture.getextrema()[3]
+    has_truth = lowest_alpha >= 128 and not mask
+    if max(picture.size) > 1024:
+        print(f"notice: {path} is reduced to 1024 pixels on its longest side")
+        # next to missing pixels an average would be wrong: take the nearest pixel
+        how = Image.Resampling.LANCZOS if has_truth else Image.Resampling.NEAREST
+        picture.thumbnail((1024, 1024), how)
+    input_mask = torch.from_numpy(np.array(picture)[:, :, 3] >= 128)
+    if has_truth:
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(input_mask.numel(), generator=generator)
+        input_mask = (order < int(input_ratio * len(order))).view_as(input_mask)
+    if input_mask.all():
+        raise ValueError(f"{path}: no pixel is missing, there is nothing to restore")
+    return to_tensor(picture.convert(MODES[channels])), input_mask, has_truth
 
 
-def heat(error, limit=0.5):
-    """Absolute error (C, H, W) as colours (3, H, W): black 0, red, yellow, white from `limit`."""
-    level = 3 * (error.abs().mean(0) / limit).clamp(0, 1)
-    return torch.stack([level.clamp(0, 1), (level - 1).clamp(0, 1), (level - 2).clamp(0, 1)])
+def save_pictures(folder, pictures):
+    """Save {file name: Pillow image} below a folder, all or none, and say where."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, picture in pictures.items():
+        picture.save(folder / f".{name}")
+    for name in pictures:
+        (folder / f".{name}").replace(folder / name)
+        print(f"picture: {folder / name}")
 
 
 def image_grid(rows, column_labels=(), row_labels=(), captions=None, zoom=4):
@@ -309,19 +422,21 @@ def image_grid(rows, column_labels=(), row_labels=(), captions=None, zoom=4):
 
     captions: a list of strings for each row, written below the images. zoom: size of a pixel.
     """
-    height, width = (zoom * n for n in rows[0][0].shape[1:])
+    height, width = (zoom * size for size in rows[0][0].shape[1:])
     font = ImageFont.load_default(size=13)
     left = 12 + int(max(map(font.getlength, row_labels), default=0))
-    top, step_x = 24 if column_labels else 6, width + 6
+    top = 24 if column_labels else 6
+    step_x = width + 6
     step_y = height + (24 if captions else 6)
-    grid = Image.new("RGB", (left + step_x * max(map(len, rows)), top + step_y * len(rows)), "#fff")
+    columns = max(map(len, rows))
+    grid = Image.new("RGB", (left + step_x * columns, top + step_y * len(rows)), "white")
     draw = ImageDraw.Draw(grid)
     for i, row in enumerate(rows):
         for j, image in enumerate(row):
-            pixels = (image.clamp(0, 1) * 255).round().byte().cpu().expand(3, -1, -1)
-            tile = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-            x, y = left + j * step_x, top + i * step_y
-            grid.paste(tile.resize((width, height), Image.Resampling.NEAREST), (x, y))
+            x = left + j * step_x
+            y = top + i * step_y
+            tile = to_picture(image).resize((width, height), Image.Resampling.NEAREST)
+            grid.paste(tile, (x, y))
             if captions:
                 draw.text((x + width / 2, y + height + 2), captions[i][j], "#444", font, "ma")
     for j, label in enumerate(column_labels):
@@ -329,6 +444,49 @@ def image_grid(rows, column_labels=(), row_labels=(), captions=None, zoom=4):
     for i, label in enumerate(row_labels):
         draw.text((6, top + i * step_y + height / 2), label, "black", font, "lm")
     return grid
+
+
+def heat(error, limit=0.5):
+    """Absolute error (C, H, W) as colours (3, H, W): black 0, red, yellow, white from `limit`."""
+    level = 3 * (error.abs().mean(0) / limit).clamp(0, 1)
+    red, green, blue = level, level - 1, level - 2
+    return torch.stack([red, green, blue]).clamp(0, 1)
+
+
+def line_chart(title, curves):
+    """A 460 x 320 Pillow image. curves: {label: (xs, ys)}, finite numbers."""
+    image = Image.new("RGB", (460, 320), "white")
+    draw = ImageDraw.Draw(image)
+    draw.font = ImageFont.load_default(size=12)
+    draw.text((62, 8), title, "black")
+    x_numbers, x_labels = axis([xs for xs, _ in curves.values()])
+    y_numbers, y_labels = axis([ys for _, ys in curves.values()])
+    columns = np.linspace(62, 436, 5).tolist()
+    rows = np.linspace(290, 30, 5).tolist()  # counted from the top
+    for column, row, x_label, y_label in zip(columns, rows, x_labels, y_labels):
+        draw.line([(62, row), (436, row)], fill="#e4e4e4")
+        draw.text((column, 296), x_label, "#444", anchor="ma")
+        draw.text((56, row), y_label, "#444", anchor="rm")
+    for i, (label, (xs, ys)) in enumerate(curves.items()):
+        colour = ("#1f6fb4", "#d1481f", "#2b9348", "#8a4fbf")[i % 4]
+        x = np.interp(xs, x_numbers, columns).tolist()
+        y = np.interp(ys, y_numbers, rows).tolist()
+        draw.line(list(zip(x, y)), fill=colour, width=2, joint="curve")
+        draw.circle((x[-1], y[-1]), 3, colour)
+        draw.text((436 - 110 * i, 8), label, colour, anchor="ra")
+    return image
+
+
+def axis(values):
+    """Five evenly spaced numbers from the lowest to the highest of lists of values; their labels.
+
+    There are as many decimals as a hundredth of the axis needs, so that no two labels are alike.
+    """
+    values = np.concatenate(values)
+    span = values.max() - values.min() or 1.0
+    numbers = np.linspace(values.min(), values.min() + span, 5)
+    decimals = max(0, 2 - math.floor(math.log10(span)))
+    return numbers, [f"{number:z.{decimals}f}" for number in numbers.tolist()]  # z: 0, not -0
 
 
 def run(main):
@@ -347,46 +505,24 @@ def run(main):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", default="auto", help="cifar10, mnist, leaves, glyphs or a folder")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where data sets lie")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the picture")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the masks")
+    add = parser.add_argument
+    add("--data", default="auto", help="cifar10, mnist, leaves, glyphs or a folder")
+    add("--data-dir", type=Path, default=Path("data"), help="where data sets lie")
+    add("--out", type=Path, default=Path("out"), help="folder for the picture")
+    add("--seed", type=int, default=0, help="seed of the masks")
     args = parser.parse_args()
     name, images, _ = load_dataset(args.data, args.data_dir, train=False)
     torch.manual_seed(args.seed % 2**32)
     split = sparse_split(images[:8])
-    image, rows = split["full_image"], [split["full_image"]]
+    full_image = split["full_image"]
+    rows = [list(to_unit(full_image))]
     for part in ("input", "output"):
-        mask = torch.zeros_like(image[:, 0]).flatten(1).scatter(1, split[f"{part}_indices"], 1.0)
-        rows.append(image * mask.view_as(image[:, :1]))  # grey, 0, elsewhere
-    rows = [list(x / 2 + 0.5) for x in rows]
-    args.out.mkdir(parents=True, exist_ok=True)
-    image_grid(rows, row_labels=["image", "input", "output"]).save(args.out / "data.png")
-    print(f"{name}: {len(images):,} test images {tuple(images.shape[1:])}; see {args.out}/data.png")
-
-
-def line_chart(title, curves):
-    """A 460 x 320 Pillow image. curves: {label: (xs, ys)}, finite numbers."""
-    all_x, all_y = (sum((list(curve[i]) for curve in curves.values()), []) for i in (0, 1))
-    x_low, x_span = min(all_x), (max(all_x) - min(all_x)) or 1
-    y_low, y_span = min(all_y), (max(all_y) - min(all_y)) or 1
-    image = Image.new("RGB", (460, 320), "white")
-    draw = ImageDraw.Draw(image)
-    draw.text((62, 8), title, "black", font_size=12)
-    for part in (0, 0.25, 0.5, 0.75, 1):  # grid lines and numbers on the axes
-        x, y = 62 + 374 * part, 290 - 260 * part
-        draw.line([(62, y), (436, y)], fill="#e4e4e4")
-        number = round(float(y_low + part * y_span), 9)
-        draw.text((56, y), f"{number:.3g}", "#444", font_size=12, anchor="rm")
-        draw.text((x, 296), f"{x_low + part * x_span:.4g}", "#444", font_size=12, anchor="ma")
-    for i, (label, curve) in enumerate(curves.items()):
-        colour = ("#1f6fb4", "#d1481f", "#2b9348", "#8a4fbf")[i % 4]
-        points = [(62 + 374 * (x - x_low) / x_span, 290 - 260 * (y - y_low) / y_span)
-                  for x, y in zip(*curve)]
-        draw.line(points, fill=colour, width=2, joint="curve")
-        draw.circle(points[-1], 3, colour)
-        draw.text((436 - 110 * i, 8), label, colour, font_size=12, anchor="ra")
-    return image
+        mask = F.one_hot(split[f"{part}_indices"], full_image[0, 0].numel()).sum(1)
+        sparse = full_image * mask.view_as(full_image[:, :1])  # grey, 0, elsewhere
+        rows.append(list(to_unit(sparse)))
+    grid = image_grid(rows, row_labels=["image", "input", "output"])
+    print(f"{name}: {len(images):,} test images {tuple(images.shape[1:])}")
+    save_pictures(args.out, {"data.png": grid})
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
     python sample.py                                  # newest checkpoint below out/, or shipped
     python sample.py --image photo.jpg                # restore a photograph from 20% of its pixels
     python sample.py --image damaged.png --mask mask.png      # white pixels of the mask: missing
-    python sample.py --image small.png --upscale 2
     python sample.py --image photo.jpg --size 32 --gif        # its middle square, 32 x 32
     python sample.py out/nf/checkpoint.pt --evaluate  # 1,000 test images: MSE, MAE, PSNR, SSIM
     python sample.py --sampler ddim --steps 20 --eta 1        # --sampler ddpm takes all timesteps
@@ -34,8 +33,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from autoencoder import DenoisingAutoencoder, report_autoencoder
-from data import (fixed_order, heat, image_grid, load_dataset, off_grid_split, open_picture, run,
-                  sparse_split, square_picture)
+from data import (fixed_order, heat, image_grid, load_dataset, load_picture, off_grid_split,
+                  open_picture, run, save_pictures, sparse_split, square_picture, to_signed,
+                  to_unit)
 from nf_denoiser import (GaussianField, NFDenoiser, ddim_sample, ddpm_sample,
                          exponential_covariance, one_step_mean)
 from noise import psnr, ssim
@@ -135,10 +135,10 @@ def evaluate_field(model, schedule, images, sampler=None, seed=0, batch=25, **op
     sums = {}
     for indices in torch.arange(len(images)).split(batch):
         split = split_images(images[indices], indices, seed, **options)
-        truth = split["full_image"] / 2 + 0.5
+        truth = to_unit(split["full_image"])
         places = split["output_indices"][:, None, :split["n_out"]]
         for name, image in reconstruct(model, schedule, split, sampler).items():
-            image = image / 2 + 0.5
+            image = to_unit(image)
             error = (image - truth).flatten(2).take_along_dim(places, dim=2).cpu().double()
             each = [error.square().mean(), error.abs().mean(), ssim(image, truth).mean()]
             sums[name] = sums.get(name, 0) + len(indices) * torch.tensor(each)
@@ -159,8 +159,8 @@ def evaluate_samples(model, schedule, images, sampler, count, seed=0, **options)
     for i, image in enumerate(images):
         copies, indices = image.expand(count, -1, -1, -1), torch.full((count,), i)
         split = split_images(copies, indices, seed, **options)
-        samples = reconstruct(model, schedule, split, sampler)["sample"] / 2 + 0.5
-        truth, mean, std = split["full_image"][0] / 2 + 0.5, samples.mean(0), samples.std(0)
+        samples = to_unit(reconstruct(model, schedule, split, sampler)["sample"])
+        truth, mean, std = to_unit(split["full_image"][0]), samples.mean(0), samples.std(0)
         rank = ((samples < truth).sum(0) + (samples <= truth).sum(0)) / (2 * count)  # 0 to 1
         inside = ((rank >= 0.05) & (rank <= 0.95)).float()
         figures = torch.stack([inside, std, (mean - truth).square()]).flatten(2)    # (3, C, H * W)
@@ -179,7 +179,7 @@ def draw_field(split, answers):
     images = [answers[name] for name in ("kriging", "one-step mean", "sample")]
     for i, given in enumerate(assemble(split)):
         row = [given, *(image[i] for image in images), truth[i]]
-        rows.append([*(x / 2 + 0.5 for x in row), heat((images[1][i] - truth[i]) / 2)])
+        rows.append([*map(to_unit, row), heat((images[1][i] - truth[i]) / 2)])
         mse = [(image[i] - truth[i]).square().mean().item() / 4 for image in images]
         captions.append(["", *(f"{psnr(x):.1f} dB" for x in mse), "", "white: 0.5"])
     labels = ["input pixels", "kriging", "one-step mean", "sample", "truth", "error of mean"]
@@ -195,7 +195,7 @@ def draw_fine(model, schedule, split, scale):
     fine = one_step_mean(model, schedule, **where(split | dict(output_coords=coords)))
     given = F.interpolate(assemble(split), scale_factor=scale)
     smooth = F.interpolate(truth, size=size, mode="bicubic", align_corners=True)
-    rows = [[x / 2 + 0.5 for x in row] for row in zip(given, fine.mT.unflatten(2, size), smooth)]
+    rows = [[to_unit(x) for x in row] for row in zip(given, fine.mT.unflatten(2, size), smooth)]
     return image_grid(rows, ["input pixels", f"model x{scale}", "truth, bicubic"],
                       zoom=max(1, 6 // scale))
 
@@ -204,21 +204,11 @@ def animate(split, frames, path):
     """A GIF of three images: x_t above, the prediction x_0_hat below, at most 50 of the steps."""
     pictures = []
     for t, *values in [*frames[::max(1, len(frames) // 25)], *[frames[-1]] * 10]:
-        rows = [list(assemble(split, x)[:3] / 2 + 0.5) for x in values]
+        rows = [list(to_unit(assemble(split, x)[:3])) for x in values]
         picture = image_grid(rows, [f"t = {t}"], ["x_t", "prediction"], zoom=3)
         pictures.append(picture.quantize(64))
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=120, loop=0)
     print(f"animation: {path}")
-
-
-def save_pictures(folder, pictures):
-    """Save {file name: Pillow image} below a folder, all or none, and say where."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, picture in pictures.items():
-        picture.save(folder / f".{name}")
-    for name in pictures:
-        (folder / f".{name}").replace(folder / name)
-        print(f"picture: {folder / name}")
 
 
 def report_field(model, schedule, images, folder, name, sampler, args):
@@ -300,44 +290,6 @@ def restore(image, known, answer, side=32):
     return image.view(channels, height, width)
 
 
-def load_picture(path, channels, mask=None, input_ratio=0.2, upscale=1, seed=0):
-    """A picture with missing pixels: (image uint8 (C, H, W), known bool (H, W), has_truth).
-
-    Missing pixels: transparent ones (alpha below 128), and where the picture `mask` is white (128
-    or more); of a complete picture (has_truth) all but input_ratio, drawn with `seed`.
-    upscale: the picture's pixels are every second (third, ...) one of a larger picture, and the
-    others are missing. At most 1,024 pixels a side: larger pictures are reduced, with a notice.
-    Raises ValueError for files that cannot be used and if nothing is missing.
-    """
-    picture = open_picture(path).convert("RGBA")
-    if mask:
-        white = open_picture(mask).convert("L").point(lambda value: 255 * (value >= 128))
-        if white.size != picture.size:
-            raise ValueError(f"{mask} has the size {white.size} and {path} {picture.size}: they "
-                             f"must have the same size")
-        picture.paste((0, 0, 0, 0), mask=white)
-    complete = picture.getextrema()[3][0] >= 128 and not mask
-    limit = 1024 // upscale
-    if max(picture.size) > limit:
-        print(f"notice: {path} is reduced to {limit} pixels on its longest side")
-        # next to missing pixels an average would be wrong: take the nearest pixel
-        how = Image.Resampling.LANCZOS if complete else Image.Resampling.NEAREST
-        picture.thumbnail((limit, limit), how)
-    height, width = (upscale * n for n in reversed(picture.size))
-    image = torch.zeros(channels, height, width, dtype=torch.uint8)
-    known = torch.zeros(height, width, dtype=torch.bool)
-    colours = np.array(picture.convert("L" if channels == 1 else "RGB"))
-    image[:, ::upscale, ::upscale] = torch.from_numpy(np.atleast_3d(colours)).permute(2, 0, 1)
-    known[::upscale, ::upscale] = torch.from_numpy(np.array(picture)[..., 3] >= 128)
-    has_truth = complete and upscale == 1
-    if has_truth:
-        order = torch.randperm(known.numel(), generator=torch.Generator().manual_seed(seed))
-        known = (order < int(input_ratio * known.numel())).view(height, width)
-    if known.all():
-        raise ValueError(f"{path}: no pixel is missing, there is nothing to restore")
-    return image, known, has_truth
-
-
 def report_picture(model, schedule, image, known, has_truth, folder):
     """Restore a picture, print a table, write restored.png and comparison.png to the folder.
 
@@ -345,7 +297,7 @@ def report_picture(model, schedule, image, known, has_truth, folder):
     {method: {"psnr"}}, in dB over the missing pixels; {} without has_truth.
     """
     device = schedule.betas.device
-    truth, known = image.to(device).float() / 127.5 - 1, known.to(device)
+    truth, known = to_signed(image.to(device)), known.to(device)
     given, results = truth * known, {}
     print(f"{known.sum():,} of {known.numel():,} pixels given")
     columns, captions = {"given": given}, [f"{known.float().mean():.0%} of the pixels"]
@@ -360,7 +312,7 @@ def report_picture(model, schedule, image, known, has_truth, folder):
             print(f"{name:18}{captions[-1]:>10}", flush=True)
     columns |= {"truth": truth} if has_truth else {}
     captions += [""] * (len(columns) - len(captions))
-    comparison = image_grid([[x / 2 + 0.5 for x in columns.values()]], list(columns),
+    comparison = image_grid([[to_unit(x) for x in columns.values()]], list(columns),
                             captions=[captions], zoom=max(1, 256 // max(known.shape)))
     restored = ((columns["one-step mean"] + 1) * 127.5).round().byte().cpu()
     restored = Image.fromarray(restored.permute(1, 2, 0).expand(-1, -1, 3).numpy())
@@ -459,7 +411,6 @@ def parse_arguments(argv):
     add("--image", type=Path, help="restore this picture; missing: --mask, transparent, or random")
     add("--mask", type=Path,
         help="of --image, as large; white: missing (cover a little more than the damage)")
-    add("--upscale", type=between(1, 8), default=1, metavar="N", help="enlarge --image N times")
     add("--size", type=between(1, 64), help="reduce --image to the size of the training images, 32")
     add("--evaluate", type=between(1, 10**6), nargs="?", const=1000, default=6, metavar="N",
         help="measure on the first N test images (1,000 if N is left out)")
@@ -473,10 +424,10 @@ def parse_arguments(argv):
     args = parser.parse_args(argv)
     if args.sampler == "ddpm" and (args.steps or args.eta):
         parser.error("--steps and --eta are for DDIM; DDPM takes all timesteps")
-    if (args.mask or args.upscale > 1 or args.size) and not args.image:
-        parser.error("--mask, --upscale and --size are for --image")
-    if args.size and (args.mask or args.upscale > 1):
-        parser.error("--size takes a complete picture: no --mask or --upscale")
+    if (args.mask or args.size) and not args.image:
+        parser.error("--mask and --size are for --image")
+    if args.size and args.mask:
+        parser.error("--size takes a complete picture: no --mask")
     args.sampling = any([args.sampler, args.steps, args.eta, args.samples, args.full, args.gif,
                          args.scale > 1])
     if args.image and not args.size and args.sampling:
@@ -511,8 +462,7 @@ def main(argv=None):
     folder, name, images = args.out / kind, args.image, [args.image]
     channels, side = config.get("channels", 1), config.get("side", 28)
     if args.image and not args.size:
-        problem = load_picture(args.image, channels, args.mask, args.input_ratio, args.upscale,
-                               args.seed)
+        problem = load_picture(args.image, channels, args.mask, args.input_ratio, args.seed)
         results = report_picture(model, schedule, *problem, folder)
     else:
         if args.image:
