@@ -1188,6 +1188,211 @@ def test_features_by_hand():
     assert pixels["300 labels, clean"][0] > pixels["300 labels, noisy"][0]
 
 
+def test_autoencoder_alone_counts_its_parameters():
+    layers = [784, 256, 128, 64, 128, 256, 784]
+    count = sum(a * b + b for a, b in zip(layers, layers[1:]))
+    out = works(autoencoder, "")
+    assert f"{count:,} parameters" in out
+    assert out.count("Linear(") == 6
+
+
+def test_the_documents_trainer():
+    """A notebook's loop: a DataLoader of (images, labels), noise_fn(clean_images, noise_param)."""
+    images, labels = glyphs(256)
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(images.view(-1, 1, 28, 28), labels), 64, shuffle=True)
+    for noise_fn, noise_param in ((noise.add_gaussian_noise, 0.3),
+                                  (noise.add_salt_pepper_noise, 0.2),
+                                  (noise.add_masking_noise, 0.3)):
+        torch.manual_seed(0)
+        model = autoencoder.DenoisingAutoencoder(784, 64)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.001)
+        epochs = []
+        for epoch in range(6):
+            model.train()
+            total_loss = 0.0
+            for batch, _ in loader:
+                clean_images = batch.view(batch.size(0), -1)
+                noisy_images = noise_fn(clean_images, noise_param)
+                optimizer.zero_grad()
+                reconstructed, latent = model(noisy_images)
+                assert latent.shape == (len(batch), 64)
+                loss = torch.nn.MSELoss()(reconstructed, clean_images)
+                loss.backward()
+                optimizer.step()
+                total_loss += loss.item()
+            epochs.append(total_loss / len(loader))
+        assert epochs[-1] < 0.6 * epochs[0], epochs
+
+
+def lab_corruption(label, images):
+    """What a label of the lab says, with the noise of seed 0."""
+    noises = {"gaussian": noise.add_gaussian_noise, "masking": noise.add_masking_noise,
+              "salt_pepper": noise.add_salt_pepper_noise}
+    generator = seeded()
+    if label == "stripes":
+        images = images.clone()
+        images.view(-1, 28, 28)[:, ::4] = 1
+        return images
+    if label == "clean":
+        return images
+    for part in label.split(" + "):
+        name, strength = part.split()
+        images = noises[name](images, float(strength), generator)
+    return images
+
+
+@contextlib.contextmanager
+def recorded_grids():
+    """A list of (rows, column labels, row labels, picture) of every image_grid drawn meanwhile."""
+    grids, draw = [], data.image_grid
+
+    def image_grid(rows, column_labels=(), row_labels=(), **more):
+        picture = draw(rows, column_labels, row_labels, **more)
+        grids.append((rows, list(column_labels), list(row_labels), picture))
+        return picture
+
+    with patched(data, image_grid=image_grid):
+        yield grids
+
+
+@contextlib.contextmanager
+def recorded_models():
+    """The models of the lab, {label: [one for each seed]}, trained meanwhile."""
+    models, train_models = {}, autoencoder.train_models
+
+    def record(*arguments, **more):
+        models.update(train_models(*arguments, **more))
+        return models
+
+    with patched(autoencoder, train_models=record):
+        yield models
+
+
+def test_labels_of_the_labs_pictures_say_what_they_show():
+    with tiny_sets(), recorded_grids() as grids, recorded_models() as models:
+        works(autoencoder, "--exercise all --epochs 1 --seeds 2")
+        test = data.load_mnist("data", False)[0].flatten(1) / 255
+        for name, grid in zip(("compare", "levels", "types", "blind"), grids):
+            rows, columns, labels, _ = grid
+            assert columns[:2] == ["truth", "input"]
+            for label, (truth, given, *restored) in zip(labels, rows, strict=True):
+                noisy = lab_corruption(label, test)
+                close(truth.flatten(), test[0], 0)
+                close(given.flatten(), noisy[0], 0)
+                for trained_on, image in zip(columns[2:], restored, strict=True):
+                    expected = models[trained_on][0](noisy[:1])[0]
+                    close(image.flatten(), expected[0], 1e-5)
+        rows, columns, labels, _ = grids[4]
+        assert columns == [] and labels == ["trained on clean", "trained on gaussian 0.3"]
+        for label, row in zip(labels, rows, strict=True):
+            layer = models[label.removeprefix("trained on ")][0].encoder[0]
+            active = layer(test).relu().std(0).argsort(descending=True)[:16]
+            for weight, image in zip(layer.weight[active], row, strict=True):
+                close(image.flatten(), 0.5 + 0.5 * weight / weight.abs().max(), 1e-5)
+        rows, columns, labels, _ = grids[5]
+        assert columns == ["truth", "input", *(f"pass {i}" for i in range(1, 11))]
+        assert labels == ["nothing added", "noise 0.1 added"]
+        for label, (truth, given, *passes) in zip(labels, rows, strict=True):
+            generator = seeded()
+            x = lab_corruption("gaussian 0.5 + masking 0.3", test)
+            close(truth.flatten(), test[0], 0)
+            close(given.flatten(), x[0], 0)
+            for image in passes:
+                if label != "nothing added":
+                    x = noise.add_gaussian_noise(x, 0.1, generator)
+                x = models["gaussian 0.3"][0](x)[0]
+                close(image.flatten(), x[0], 1e-5)
+        for name, grid in zip(autoencoder.EXERCISES, grids, strict=True):
+            with Image.open(f"out/autoencoder-{name}.png") as picture:
+                assert np.array_equal(picture, grid[3]), name
+
+
+def test_rows_and_columns_of_the_labs_tables():
+    def header(section):
+        return [cell.strip() for cell in section.split("\n")[2].split("|")[2:-1]]
+
+    def rows(section):
+        return [line.split("|")[1].strip() for line in section.strip().split("\n")[4:]]
+
+    noises = ["gaussian 0.3", "salt_pepper 0.2", "masking 0.3"]
+    levels = [f"gaussian 0.{i}" for i in range(1, 6)]
+    unknown = ["masking 0.3 + gaussian 0.3", "gaussian 0.3 + salt_pepper 0.2", "stripes"]
+    on = lambda *labels: [f"trained on {label}" for label in labels]
+    with tiny_sets():
+        works(autoencoder, "--exercise all --seeds 1")
+        compare, level, types, blind, features, progressive = (
+            Path("out/lab.md").read_text("utf-8").split("\n## ")[1:])
+    assert header(compare) == ["clean", *noises]
+    assert rows(compare) == [*on("clean", "gaussian 0.3"), "left alone"]
+    assert header(level) == levels and rows(level) == [*on(*levels), "left alone"]
+    assert header(types) == noises and rows(types) == [*on(*noises), "left alone"]
+    assert header(blind) == noises + unknown
+    assert rows(blind) == [*on("mixed", *noises), "left alone"]
+    counts = ["100 labels", "320 labels"]  # of 320 images
+    assert header(features) == ["mean absolute correlation", *(
+        f"{count}, {kind}" for count in counts for kind in ("clean", "noisy"))]
+    assert rows(features) == [*on("clean", "gaussian 0.3"), "pixels"]
+    assert header(progressive) == ["nothing added", "noise 0.1 added"]
+    assert rows(progressive) == ["input", *(f"pass {i}" for i in range(1, 11))]
+
+
+def test_what_each_flag_of_the_lab_changes():
+    with tiny_sets("data"):
+        line = "--exercise progressive"
+        out = works(autoencoder, line)  # 320 images, fewer than a batch of 512
+        assert out.count("trained on gaussian 0.3, seed") == 3
+        first = Path("out/lab.md").read_text("utf-8")
+        assert first.startswith(f"`python autoencoder.py {line} --data mnist --epochs 10 "
+                                "--seeds 3`")
+        assert sorted(os.listdir("out")) == ["autoencoder-progressive.png", "lab.md"]
+        works(autoencoder, f"{line} --out there")
+        assert Path("there/lab.md").read_text("utf-8") == first
+        tables = {first.split("\n", 1)[1]}
+        for flag in ("--epochs 2", "--seeds 1", "--batch-size 160"):
+            works(autoencoder, f"{line} {flag}")
+            tables.add(Path("out/lab.md").read_text("utf-8").split("\n", 1)[1])
+        assert len(tables) == 4  # each changes the figures
+        os.rename("data", "elsewhere")
+        works(autoencoder, f"{line} --data-dir elsewhere --data mnist")
+        assert Path("out/lab.md").read_text("utf-8") == first
+
+
+def test_the_report_on_one_autoencoder():
+    test = data.make_glyphs(60, 3)[0]
+    clean = test.flatten(1) / 255
+    model = lambda x: ((x + (clean if len(x) == 60 else clean[:4])) / 2, x)
+    labels = ["clean", "gaussian 0.3", "salt_pepper 0.2", "masking 0.3"]
+    with folder() as root, recorded_grids() as grids:
+        table, said = quiet(autoencoder.report_autoencoder, model, test, root / "new", "mixed")
+        with Image.open(root / "new/samples.png") as picture:
+            assert np.array_equal(picture, grids[0][3])
+    assert "test MSE, 60 images" in said and str(root / "new" / "samples.png") in said
+    cells = [line.split("|")[1:-1] for line in said.split("\n") if line.startswith("|")]
+    header, _, *rows = [[cell.strip() for cell in row] for row in cells]
+    assert header == ["", *labels]
+    left = [F.mse_loss(lab_corruption(label, clean), clean).item() for label in labels]
+    assert rows == [["trained on mixed", *(f"{value / 4:.4f}" for value in left)],
+                    ["left alone", *(f"{value:.4f}" for value in left)]]
+    images, columns, row_labels, _ = grids[0]
+    assert row_labels == labels
+    assert columns == ["truth", "input", "mixed"] * 4
+    for label, row in zip(labels, images):
+        noisy = lab_corruption(label, clean)
+        for i in range(4):
+            truth, given, restored = row[3 * i:3 * i + 3]
+            close(truth.flatten(), clean[i], 0)
+            close(given.flatten(), noisy[i], 0)
+            close(restored, (truth + given) / 2, 1e-6)
+
+
+def test_fewer_images_than_a_batch():
+    images = glyphs(300)[0]
+    (few,), (whole,) = (quiet(autoencoder.train_models, ["clean"], images, 1, 3, *size)[0]["clean"]
+                        for size in ((), (300,)))
+    equal(few.state_dict(), whole.state_dict())
+
+
 def test_the_lab_runs_and_writes_what_it_prints():
     with tiny_sets("sets"):
         out = works(autoencoder, "--data mnist --data-dir sets --out lab --json f.json --epochs 2 "
