@@ -1048,6 +1048,49 @@ def answering(answer):
     return lambda x: (answer(x), x)
 
 
+def lab_corruption(label, images):
+    """What a label of the lab says, with the noise of seed 0."""
+    noises = {"gaussian": noise.add_gaussian_noise, "masking": noise.add_masking_noise,
+              "salt_pepper": noise.add_salt_pepper_noise}
+    generator = seeded()
+    if label == "stripes":
+        rows = torch.arange(28)[:, None]
+        return torch.where(rows % 4 == 0, 1.0, images)
+    if label == "clean":
+        return images
+    for part in label.split(" + "):
+        name, strength = part.split()
+        images = noises[name](images, float(strength), generator)
+    return images
+
+
+@contextlib.contextmanager
+def recorded_grids():
+    """A list of (rows, column labels, row labels, picture) of every image_grid drawn meanwhile."""
+    grids, draw = [], data.image_grid
+
+    def image_grid(rows, column_labels=(), row_labels=(), **more):
+        picture = draw(rows, column_labels, row_labels, **more)
+        grids.append((rows, list(column_labels), list(row_labels), picture))
+        return picture
+
+    with patched(data, image_grid=image_grid):
+        yield grids
+
+
+@contextlib.contextmanager
+def recorded_models():
+    """A list of the models of each seed, {label: model}, trained meanwhile."""
+    models, train_models = [], autoencoder.train_models
+
+    def record(*arguments, **more):
+        models.append(train_models(*arguments, **more))
+        return models[-1]
+
+    with patched(autoencoder, train_models=record):
+        yield models
+
+
 def test_autoencoder_layers_and_first_output():
     torch.manual_seed(0)
     images, model = glyphs(300)[0], autoencoder.DenoisingAutoencoder()
@@ -1220,23 +1263,24 @@ def test_the_lesson_of_the_autoencoder_needs_only_torch():
 
 def test_the_cross_test_by_hand():
     test = glyphs(64)[0]
-    models = {"a": answering(lambda x: (x + test) / 2), "b": answering(lambda x: x),
-              "c": answering(lambda x: test)}
-    labels = ["clean", "masking 0.3"]
+    models = {"a": answering(lambda x: (x + test) / 2), "b": answering(lambda x: test)}
+    labels = ["clean", "stripes", "masking 0.3"]
     with recorded_grids() as grids:
         table, picture = autoencoder.cross_test(models, labels, test, count=2)
-    left = F.mse_loss(noise.add_masking_noise(test, 0.3, seeded()), test).item()
-    close(table["left alone"]["masking 0.3"], left, 1e-9)
-    close(table["trained on a"]["masking 0.3"], left / 4, 1e-7)
-    close(table["trained on b"]["masking 0.3"], left, 1e-9)
-    close(table["trained on c"]["masking 0.3"], 0, 0)
-    close(table["trained on b"]["clean"], 0, 0)
     (rows, columns, row_labels, drawn), = grids
     assert picture is drawn and row_labels == labels
-    assert columns == ["truth", "input", "a", "b", "c"] * 2
-    truth, given, restored, *_ = rows[1][5:]  # of the second image
-    close(truth, test[1], 0)
-    close(restored, (given + truth) / 2, 1e-6)
+    assert columns == ["truth", "input", "a", "b"] * 2
+    for label, row in zip(labels, rows, strict=True):
+        noisy = lab_corruption(label, test)
+        left = F.mse_loss(noisy, test)
+        close(table["left alone"][label], left, 1e-9)
+        close(table["trained on a"][label], left / 4, 1e-7)
+        close(table["trained on b"][label], 0, 0)
+        truth, given, half, perfect = row[4:]  # of the second image
+        close(truth, test[1], 0)
+        close(given, noisy[1], 0)
+        close(half, (given + truth) / 2, 1e-6)
+        close(perfect, truth, 0)
 
 
 def test_the_passes_by_hand():
@@ -1254,7 +1298,9 @@ def test_the_passes_by_hand():
     assert best["pass 3"][still] == 0
     assert table["pass 1"][noisy] > table["pass 1"][still]
     assert not torch.equal(seen[4], seen[5])  # each pass adds noise of its own
-    (rows, *_), _ = grids
+    (rows, columns, labels, _), _ = grids
+    assert columns == ["truth", "input", "pass 1", "pass 2", "pass 3"]
+    assert labels == list(table["input"]) == [still, noisy]
     for truth, given, *passes in rows:
         assert len(passes) == 3 and not torch.equal(given, passes[0])
     truth, given, restored, *_ = rows[0]
@@ -1378,126 +1424,6 @@ def test_the_documents_trainer():
         assert epochs[-1] < 0.6 * epochs[0], epochs
 
 
-def lab_corruption(label, images):
-    """What a label of the lab says, with the noise of seed 0."""
-    noises = {"gaussian": noise.add_gaussian_noise, "masking": noise.add_masking_noise,
-              "salt_pepper": noise.add_salt_pepper_noise}
-    generator = seeded()
-    if label == "stripes":
-        rows = torch.arange(28)[:, None]
-        return torch.where(rows % 4 == 0, 1.0, images)
-    if label == "clean":
-        return images
-    for part in label.split(" + "):
-        name, strength = part.split()
-        images = noises[name](images, float(strength), generator)
-    return images
-
-
-@contextlib.contextmanager
-def recorded_grids():
-    """A list of (rows, column labels, row labels, picture) of every image_grid drawn meanwhile."""
-    grids, draw = [], data.image_grid
-
-    def image_grid(rows, column_labels=(), row_labels=(), **more):
-        picture = draw(rows, column_labels, row_labels, **more)
-        grids.append((rows, list(column_labels), list(row_labels), picture))
-        return picture
-
-    with patched(data, image_grid=image_grid):
-        yield grids
-
-
-@contextlib.contextmanager
-def recorded_models():
-    """A list of the models of each seed, {label: model}, trained meanwhile."""
-    models, train_models = [], autoencoder.train_models
-
-    def record(*arguments, **more):
-        models.append(train_models(*arguments, **more))
-        return models[-1]
-
-    with patched(autoencoder, train_models=record):
-        yield models
-
-
-def test_the_labs_pictures_of_the_cross_tests():
-    with tiny_sets(), recorded_grids() as grids, recorded_models() as models:
-        for name in ("compare", "levels", "types", "blind"):
-            works(autoencoder, f"--exercise {name} --epochs 1 --seeds 2")
-            first_seed, _ = models[-2:]
-            rows, columns, labels, drawn = grids[-2]
-            test = data.load_mnist("data", False)[0] / 255
-            assert columns == ["truth", "input", *first_seed]
-            for label, (truth, given, *restored) in zip(labels, rows, strict=True):
-                noisy = lab_corruption(label, test)
-                close(truth, test[0], 0)
-                close(given, noisy[0], 0)
-                for model, image in zip(first_seed.values(), restored, strict=True):
-                    close(image, model(noisy[:1])[0][0], 1e-5)
-            with Image.open(f"out/autoencoder-{name}.png") as picture:
-                assert np.array_equal(picture, drawn), name
-
-
-def test_the_labs_pictures_of_features_and_passes():
-    with tiny_sets(), recorded_grids() as grids, recorded_models() as models:
-        works(autoencoder, "--exercise features --epochs 1 --seeds 1")
-        works(autoencoder, "--exercise progressive --epochs 1 --seeds 1")
-        test = data.load_mnist("data", False)[0] / 255
-        rows, columns, labels, _ = grids[0]
-        assert columns == [] and labels == ["trained on clean", "trained on gaussian 0.3"]
-        for model, row in zip(models[0].values(), rows, strict=True):
-            layer = model.encoder[0]
-            active = layer(test.flatten(1)).relu().std(0).argsort(descending=True)[:16]
-            for weight, image in zip(layer.weight[active], row, strict=True):
-                close(image.flatten(), 0.5 + 0.5 * weight / weight.abs().max(), 1e-5)
-        rows, columns, labels, _ = grids[1]
-        assert columns == ["truth", "input", *(f"pass {i}" for i in range(1, 11))]
-        assert labels == ["nothing added", "noise 0.1 added"]
-        for label, (truth, given, *passes) in zip(labels, rows, strict=True):
-            generator = seeded()
-            x = lab_corruption("gaussian 0.5 + masking 0.3", test)
-            close(truth, test[0], 0)
-            close(given, x[0], 0)
-            for image in passes:
-                if label != "nothing added":
-                    x = noise.add_gaussian_noise(x, 0.1, generator)
-                x = models[1]["gaussian 0.3"](x)[0]
-                close(image, x[0], 1e-5)
-        for name, grid in zip(("features", "progressive"), grids, strict=True):
-            with Image.open(f"out/autoencoder-{name}.png") as picture:
-                assert np.array_equal(picture, grid[3]), name
-
-
-def test_rows_and_columns_of_the_labs_tables():
-    def header(section):
-        return [cell.strip() for cell in section.split("\n")[2].split("|")[2:-1]]
-
-    def rows(section):
-        return [line.split("|")[1].strip() for line in section.strip().split("\n")[4:]]
-
-    noises = ["gaussian 0.3", "salt_pepper 0.2", "masking 0.3"]
-    levels = [f"gaussian 0.{i}" for i in range(1, 6)]
-    unknown = ["masking 0.3 + gaussian 0.3", "gaussian 0.3 + salt_pepper 0.2", "stripes"]
-    on = lambda *labels: [f"trained on {label}" for label in labels]
-    with tiny_sets():
-        works(autoencoder, "--exercise all --seeds 1")
-        compare, level, types, blind, features, progressive = (
-            Path("out/lab.md").read_text("utf-8").split("\n## ")[1:])
-    assert header(compare) == ["clean", *noises]
-    assert rows(compare) == [*on("clean", "gaussian 0.3"), "left alone"]
-    assert header(level) == levels and rows(level) == [*on(*levels), "left alone"]
-    assert header(types) == noises and rows(types) == [*on(*noises), "left alone"]
-    assert header(blind) == noises + unknown
-    assert rows(blind) == [*on("mixed", *noises), "left alone"]
-    counts = ["100 labels", "320 labels"]  # of 320 images
-    assert header(features) == ["mean absolute correlation", *(
-        f"{count}, {kind}" for count in counts for kind in ("clean", "noisy"))]
-    assert rows(features) == [*on("clean", "gaussian 0.3"), "pixels"]
-    assert header(progressive) == ["nothing added", "noise 0.1 added"]
-    assert rows(progressive) == ["input", *(f"pass {i}" for i in range(1, 11))]
-
-
 def test_what_each_flag_of_the_lab_changes():
     with tiny_sets("data"):
         line = "--exercise progressive"
@@ -1520,30 +1446,17 @@ def test_what_each_flag_of_the_lab_changes():
 
 
 def test_the_report_on_one_autoencoder():
-    test = data.make_glyphs(60, 3)[0]
-    clean = test / 255
-    model = answering(lambda x: (x + clean) / 2)
+    images = data.make_glyphs(60, 3)[0]
+    model = answering(torch.sqrt)
     labels = ["clean", "gaussian 0.3", "salt_pepper 0.2", "masking 0.3"]
-    with folder() as root, recorded_grids() as grids:
-        table, said = quiet(autoencoder.report_autoencoder, model, test, root / "new", "mixed")
-        with Image.open(root / "new/samples.png") as picture:
-            assert np.array_equal(picture, grids[0][3])
-    assert "test MSE, 60 images" in said and str(root / "new" / "samples.png") in said
-    assert autoencoder.markdown([table]) in said
-    for label in labels:
-        left = F.mse_loss(lab_corruption(label, clean), clean)
-        close(table["left alone"][label], left, 1e-7)
-        close(table["trained on mixed"][label], left / 4, 1e-7)
-    rows, columns, row_labels, _ = grids[0]
-    assert row_labels == list(table["left alone"]) == list(table["trained on mixed"]) == labels
-    assert columns == ["truth", "input", "mixed"] * 4
-    for label, row in zip(labels, rows, strict=True):
-        noisy = lab_corruption(label, clean)
-        for i in range(4):
-            truth, given, restored = row[3 * i:3 * i + 3]
-            close(truth, clean[i], 0)
-            close(given, noisy[i], 0)
-            close(restored, (truth + given) / 2, 1e-6)
+    expected, drawn = autoencoder.cross_test({"mixed": model}, labels, images / 255, count=4)
+    with folder() as root:
+        path = root / "new/samples.png"
+        table, said = quiet(autoencoder.report_autoencoder, model, images, path.parent, "mixed")
+        with Image.open(path) as picture:
+            assert np.array_equal(picture, drawn)
+    assert table == expected
+    assert said == (f"test MSE, 60 images\n{autoencoder.markdown([table])}picture: {path}\n")
 
 
 def test_the_report_on_fewer_images_than_it_shows():
@@ -1553,48 +1466,43 @@ def test_the_report_on_fewer_images_than_it_shows():
     assert grids[0][1] == ["truth", "input", "clean"] * 2
 
 
-def cells(section):
-    """{row: {column: cell}} of a table in markdown."""
-    lines = [line.split("|")[1:-1] for line in section.split("\n") if line.startswith("|")]
-    header, _, *rows = [[cell.strip() for cell in line] for line in lines]
-    return {row[0]: dict(zip(header[1:], row[1:], strict=True)) for row in rows}
-
-
-def test_the_lab_runs_and_writes_what_it_prints():
+def test_the_lab_writes_the_tables_and_pictures_of_its_exercises():
+    noises = ["gaussian 0.3", "salt_pepper 0.2", "masking 0.3"]
+    levels = [f"gaussian 0.{i}" for i in range(1, 6)]
+    unknown = ["masking 0.3 + gaussian 0.3", "gaussian 0.3 + salt_pepper 0.2", "stripes"]
+    pair, seeds = ["clean", "gaussian 0.3"], (0, 1)
     with tiny_sets("sets"), recorded_models() as models:
         out = works(autoencoder, "--data mnist --data-dir sets --out lab --epochs 2 "
                                  "--batch-size 128 --seeds 2 --exercise all")
-        assert out.count("trained on gaussian 0.3, seed") == 2
-        first, *sections = Path("lab/lab.md").read_text("utf-8").split("\n## ")
-        assert "--exercise all --data mnist --epochs 2 --seeds 2" in first
-        names = ["compare", "levels", "types", "blind", "features", "progressive"]
-        assert [section.split("\n")[0] for section in sections] == names
-        assert all(section.strip() in out for section in sections)
-        for name in names:
-            with Image.open(f"lab/autoencoder-{name}.png") as picture:
-                assert min(picture.size) > 150 and picture.getextrema() != ((255, 255),) * 3
         train_, y = data.load_mnist("sets", True)
         test, y_test = data.load_mnist("sets", False)
-    test, train_, y = test / 255, train_ / 255, y.long()
-    tables = [cells(section) for section in sections]
-    for table in tables[:4]:
-        for row, columns in table.items():
-            for label, cell in columns.items():
-                noisy = lab_corruption(label, test)
-                if row == "left alone":
-                    assert cell == f"{F.mse_loss(noisy, test):.4f}"
-                else:
-                    trained_on = row.removeprefix("trained on ")
-                    both = [F.mse_loss(each[trained_on](noisy)[0], test) for each in models]
-                    mean, std = torch.stack(both).mean(), torch.stack(both).std()
-                    assert cell == f"{mean:.4f} ± {std:.4f}"
-    pair = [{label: each[label] for label in ("clean", "gaussian 0.3")} for each in models]
-    expected = [autoencoder.features(each, test, y_test, train_, y, seed)[0]
-                for seed, each in enumerate(pair)]
-    assert cells(autoencoder.markdown(expected)) == tables[4]
-    expected = [autoencoder.progressive(each["gaussian 0.3"], test, seed)[0]
-                for seed, each in enumerate(models)]
-    assert cells(autoencoder.markdown(expected)) == tables[5]
+        train_, test, y = train_ / 255, test / 255, y.long()
+
+        def trained(seed, labels):
+            return {label: models[seed][label] for label in labels}
+
+        def cross(trained_on, tested_on):
+            return [autoencoder.cross_test(trained(seed, trained_on), tested_on, test)
+                    for seed in seeds]
+
+        expected = {
+            "compare": cross(pair, ["clean", *noises]),
+            "levels": cross(levels, levels),
+            "types": cross(noises, noises),
+            "blind": cross(["mixed", *noises], noises + unknown),
+            "features": [autoencoder.features(trained(seed, pair), test, y_test, train_, y, seed)
+                         for seed in seeds],
+            "progressive": [autoencoder.progressive(models[seed]["gaussian 0.3"], test, seed)
+                            for seed in seeds]}
+        first, *sections = Path("lab/lab.md").read_text("utf-8").split("\n## ")
+        assert "--exercise all --data mnist --epochs 2 --seeds 2" in first
+        for (name, runs), section in zip(expected.items(), sections, strict=True):
+            tables, pictures = zip(*runs)
+            assert section == f"{name}\n\n{autoencoder.markdown(tables)}"
+            assert section.strip() in out
+            with Image.open(f"lab/autoencoder-{name}.png") as picture:
+                assert np.array_equal(picture, pictures[0]), name
+    assert out.count("trained on gaussian 0.3, seed") == 2
 
 
 def test_the_pictures_show_what_their_labels_say():
@@ -1917,6 +1825,18 @@ def test_two_processes_train_as_one():
         with patched(os, environ={**os.environ, "WORLD_SIZE": "3", "RANK": "0"}):
             refused(train, f"{flags} one --steps 1", "multiple of 6")
             refused(train, "--model nf --batch-size 6 --bench", "torchrun")
+
+
+def test_two_processes_corrupt_as_one():
+    torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"
+    flags = "--model dae --data mnist --noise mixed --batch-size 8 --steps 1 --out"
+    with tiny_sets():
+        works(train, f"{flags} one")
+        process = start_training(f"{flags} two", *torchrun)
+        assert process.wait(200) == 0, Path("log").read_text()
+        one, two = (checkpoint_of(f"{name}/dae")["optimizers"] for name in ("one", "two"))
+        # after one step exp_avg is a tenth of the gradient
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
 
 
 def test_a_full_disk_or_a_loss_that_is_not_finite_spares_the_checkpoint():
