@@ -1901,12 +1901,55 @@ def test_coverage_of_an_exact_sampler():
 
 def glyphs(count=512):
     images, labels = data.make_glyphs(count, 11)
-    return images.flatten(1) / 255, labels.long()
+    return images / 255, labels.long()
 
 
 def answering(answer):
     """A stand-in for a trained autoencoder, so that the right figures are known."""
     return lambda x: (answer(x), x)
+
+
+def lab_corruption(label, images):
+    """What a label of the lab says, with the noise of seed 0."""
+    noises = {"gaussian": noise.add_gaussian_noise, "masking": noise.add_masking_noise,
+              "salt_pepper": noise.add_salt_pepper_noise}
+    generator = seeded()
+    if label == "stripes":
+        rows = torch.arange(28)[:, None]
+        return torch.where(rows % 4 == 0, 1.0, images)
+    if label == "clean":
+        return images
+    for part in label.split(" + "):
+        name, strength = part.split()
+        images = noises[name](images, float(strength), generator)
+    return images
+
+
+@contextlib.contextmanager
+def recorded_grids():
+    """A list of (rows, column labels, row labels, picture) of every image_grid drawn meanwhile."""
+    grids, draw = [], data.image_grid
+
+    def image_grid(rows, column_labels=(), row_labels=(), **more):
+        picture = draw(rows, column_labels, row_labels, **more)
+        grids.append((rows, list(column_labels), list(row_labels), picture))
+        return picture
+
+    with patched(data, image_grid=image_grid):
+        yield grids
+
+
+@contextlib.contextmanager
+def recorded_models():
+    """A list of the models of each seed, {label: model}, trained meanwhile."""
+    models, train_models = [], autoencoder.train_models
+
+    def record(*arguments, **more):
+        models.append(train_models(*arguments, **more))
+        return models[-1]
+
+    with patched(autoencoder, train_models=record):
+        yield models
 
 
 def test_autoencoder_layers_and_first_output():
@@ -1945,7 +1988,7 @@ def test_the_training_loop_by_hand():
         return 1e4 * model(torch.ones(1).double()).sum()  # an enormous gradient
 
     before = weights()
-    loop = autoencoder.training_loop(model, [optimizer], loss, images, 30, 100, 7, 0.1)
+    loop = train.training_loop(model, [optimizer], loss, images, 30, 100, 7, 0.1)
     for i, (step, value) in enumerate(loop):
         assert step == len(seen) == i + 1 and math.isfinite(value)
         rate = 0.4 * min(1, (i + 1) / 3) * 0.5 * (1 + math.cos(math.pi * i / 30))
@@ -1956,63 +1999,194 @@ def test_the_training_loop_by_hand():
     assert not torch.equal(epochs[0], epochs[1])
 
 
-def test_corruptions_by_description():
-    x, g = torch.rand(8, 784), lambda: seeded(1)
-    same = lambda text, expected: torch.equal(autoencoder.corrupt(x, text, g()), expected)
-    assert same("clean", x) and same("gaussian 0.4", noise.add_gaussian_noise(x, 0.4, g()))
-    assert same("salt_pepper 0.1", noise.add_salt_pepper_noise(x, 0.1, g()))
-    assert same("mixed", noise.add_mixed_noise(x, g()))
-    both = g()
-    first = noise.add_masking_noise(x, 0.3, both)
-    assert same("masking 0.3 + gaussian 0.2", noise.add_gaussian_noise(first, 0.2, both))
-    striped = autoencoder.corrupt(x, "stripes").view(8, 28, 28)
-    assert (striped[:, ::4] == 1).all() and torch.equal(striped[:, 1], x.view(8, 28, 28)[:, 1])
+def test_every_corruption_does_what_its_label_says():
+    x = glyphs(50)[0]
+    corruptions = autoencoder.lab_corruptions()
+    wanted = {label for on in (autoencoder.TRAINED_ON, autoencoder.TESTED_ON)
+              for labels in on.values() for label in labels}
+    assert wanted <= set(corruptions)
+    close(corruptions["mixed"](x, generator=seeded()), noise.add_mixed_noise(x, seeded()), 0)
+    for label, corrupt in corruptions.items():
+        if label != "mixed":
+            close(corrupt(x, generator=seeded()), lab_corruption(label, x), 0)
+            assert label == "clean" or not corrupt(x).equal(x), label
+
+
+def test_the_noise_of_a_checkpoint_as_a_function():
+    x = glyphs(50)[0]
+    close(train.corruption("clean")(x), x, 0)
+    noisy = train.corruption("mixed")(x, generator=seeded())
+    close(noisy, noise.add_mixed_noise(x, seeded()), 0)
+    for label in ("gaussian 0.4", "salt_pepper 0.1", "masking 0.7"):
+        corrupt = train.corruption(label)
+        close(corrupt(x, generator=seeded()), lab_corruption(label, x), 0)
+        torch.manual_seed(0)  # without a generator: torch's own random numbers
+        close(corrupt(x), lab_corruption(label, x), 0)
+
+
+def test_the_loss_is_against_the_clean_images():
+    clean, noisy = torch.rand(2, 6, 784).unbind(0)
+    model = autoencoder.DenoisingAutoencoder()
+    loss = autoencoder.autoencoder_loss(model, clean, noisy)
+    expected = (model(noisy)[0] - clean).double().square().mean()
+    close(loss.detach(), expected.detach(), 1e-6)
+    assert loss.requires_grad
 
 
 def test_a_denoiser_beats_its_control_on_noise_and_loses_on_clean_images():
-    images, _ = glyphs()
-    models, said = quiet(autoencoder.train_models, ["gaussian 0.5", "clean"], images[:384], 1, 40,
-                         128)
-    test, noisy = images[384:], autoencoder.corrupt(images[384:], "gaussian 0.5")
-    (dae,), (ae,) = models.values()
+    images, test = glyphs()[0].split([384, 128])
+    noisy = lab_corruption("gaussian 0.5", test)
+    models, said = quiet(autoencoder.train_models, ["gaussian 0.5", "clean"], images, 0, 40, 128)
+    dae, ae = models["gaussian 0.5"], models["clean"]
     mse = lambda model, x: F.mse_loss(model(x)[0], test).item()
-    constant = F.mse_loss(images[:384].mean(0).expand_as(test), test).item()
+    constant = F.mse_loss(images.mean(0).expand_as(test), test).item()
     assert mse(dae, noisy) < 0.9 * mse(ae, noisy) and mse(dae, noisy) < constant
     assert mse(ae, test) < mse(dae, test) and said.count("trained on") == 2
-    raises(ValueError, lambda: quiet(autoencoder.train_models, ["clean"], images / 0, 1, 1), "rate")
     assert not dae.training and not any(p.requires_grad for p in dae.parameters())
 
 
-def test_the_cross_test_and_the_passes_by_hand():
+def test_a_training_that_diverges_says_so():
+    images = glyphs(64)[0] / 0
+    model = autoencoder.DenoisingAutoencoder()
+    raises(ValueError, lambda: autoencoder.train_autoencoder(model, images, lambda x: x), "rate")
+
+
+def test_the_plain_loop_draws_every_image_once_in_an_epoch():
+    """100 images in batches of 32: 3 in an epoch, 4 images left out; new noise for each batch."""
+    images, drawn, numbers = torch.rand(100, 784), [], []
+
+    def corrupt(clean):
+        drawn.append(clean)
+        numbers.append(torch.rand(1).item())
+        return clean
+
+    model = autoencoder.DenoisingAutoencoder()
+    same, said = quiet(autoencoder.train_autoencoder, model, images, corrupt, 2, 32)
+    assert same is model and said.startswith("6 steps, last loss 0.")
+    assert [len(batch) for batch in drawn] == [32] * 6
+    assert len(set(numbers)) == 6
+    first, second = torch.cat(drawn[:3]), torch.cat(drawn[3:])
+    assert len(first.unique(dim=0)) == len(second.unique(dim=0)) == 96
+    assert not first.equal(second)
+
+
+def test_the_plain_loop_trains_what_train_py_trains():
+    """The same weights, bit for bit; 40 steps, so that 4 warm up."""
+    flags = "--epochs 8 --batch-size 64 --seed 1"
+    with tiny_sets():
+        images = data.load_mnist("data", True)[0] / 255
+        for label, named in (("clean", "ae"), ("mixed", "dae --noise mixed"),
+                             ("gaussian 0.3", "dae"), ("masking 0.3", "dae --noise masking")):
+            models, said = quiet(autoencoder.train_models, [label], images, 1, 8, 64)
+            assert said.startswith(f"trained on {label}, seed 1: 40 steps")
+            works(train, f"--model {named} --data mnist {flags}")
+            got = checkpoint_of(f"out/{named.split()[0]}")
+            equal(got["model"], models[label].state_dict())
+            assert said.endswith(f"last loss {got['losses'][-1]:.4f}\n")
+            assert got["settings"]["noise"] == label
+
+
+def test_fewer_images_than_a_batch():
+    images, models = glyphs(300)[0], []
+    for batch_size in (300, 512):
+        torch.manual_seed(0)
+        model = autoencoder.DenoisingAutoencoder()
+        size = {} if batch_size == 512 else dict(batch_size=300)  # 512 is the default
+        quiet(functools.partial(autoencoder.train_autoencoder, model, images, torch.sqrt, 3, **size))
+        models.append(model)
+    equal(models[0].state_dict(), models[1].state_dict())
+
+
+ALONE = """
+import torch
+from autoencoder import DenoisingAutoencoder, autoencoder_loss, train_autoencoder
+
+def corrupt(images):
+    return torch.where(torch.rand(images.shape) < 0.3, 0.0, images)
+
+torch.manual_seed(0)
+images = torch.rand(500, 1).expand(500, 784)
+model = DenoisingAutoencoder()
+before = autoencoder_loss(model, images, corrupt(images))
+train_autoencoder(model, images, corrupt, epochs=20, batch_size=100)
+after = autoencoder_loss(model, images, corrupt(images))
+assert after < 0.2 * before, (before, after)
+"""
+
+
+def test_the_lesson_of_the_autoencoder_needs_only_torch():
+    with folder():
+        shutil.copy(HERE / "autoencoder.py", ".")
+        done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True)
+        assert done.returncode == 0 and "100 steps" in done.stdout, done
+        assert "Error" not in done.stderr
+
+
+def test_the_cross_test_by_hand():
     test = glyphs(64)[0]
-    half, perfect = answering(lambda x: (x + test) / 2), answering(lambda x: test)
-    models = {"a": [half, perfect], "b": [answering(lambda x: x)] * 2}
-    figures, grid = autoencoder.cross_test(["clean", "masking 0.3"], models, test, shown=2)
-    left = F.mse_loss(noise.add_masking_noise(test, 0.3, seeded()), test).item()
-    close(figures["left alone"]["masking 0.3"], [left], 1e-9)
-    close(figures["trained on a"]["masking 0.3"], [left / 4, 0], 1e-7)
-    close(figures["trained on b"]["masking 0.3"], [left, left], 1e-9)
-    close(figures["trained on b"]["clean"], [0, 0], 0)
-    truth, given, restored, _ = grid["rows"][1][4:]  # of the second image
-    close(truth.flatten(), test[1], 0)
-    close(restored, (given + truth) / 2, 1e-6)
-    seen = []
-    models = {"gaussian 0.3": [half, answering(lambda x: (seen.append(x), test)[1])]}
-    figures, grid = autoencoder.progressive(models, test, passes=3)
+    models = {"a": answering(lambda x: (x + test) / 2), "b": answering(lambda x: test)}
+    labels = ["clean", "stripes", "masking 0.3"]
+    with recorded_grids() as grids:
+        table, picture = autoencoder.cross_test(models, labels, test, count=2)
+    (rows, columns, row_labels, drawn), = grids
+    assert picture is drawn and row_labels == labels
+    assert columns == ["truth", "input", "a", "b"] * 2
+    for label, row in zip(labels, rows, strict=True):
+        noisy = lab_corruption(label, test)
+        left = F.mse_loss(noisy, test)
+        close(table["left alone"][label], left, 1e-9)
+        close(table["trained on a"][label], left / 4, 1e-7)
+        close(table["trained on b"][label], 0, 0)
+        truth, given, half, perfect = row[4:]  # of the second image
+        close(truth, test[1], 0)
+        close(given, noisy[1], 0)
+        close(half, (given + truth) / 2, 1e-6)
+        close(perfect, truth, 0)
+
+
+def test_the_passes_by_hand():
+    test, seen = glyphs(64)[0], []
+    half = answering(lambda x: (x + test) / 2)
+    perfect = answering(lambda x: (seen.append(x), test)[1])
+    with recorded_grids() as grids:
+        table, _ = autoencoder.progressive(half, test, 0, passes=3)
+        best, _ = autoencoder.progressive(perfect, test, 0, passes=3)
     still, noisy = "nothing added", "noise 0.1 added"
-    first = figures["input"][still][0]
-    close(figures["pass 3"][still], [first / 4**3, 0], 1e-7)
-    assert figures["pass 1"][noisy][0] > figures["pass 1"][still][0]
+    first = table["input"][still]
+    close(first, F.mse_loss(lab_corruption("gaussian 0.5 + masking 0.3", test), test), 1e-7)
+    close(table["pass 1"][still], first / 4, 1e-7)
+    close(table["pass 3"][still], first / 4**3, 1e-7)
+    assert best["pass 3"][still] == 0
+    assert table["pass 1"][noisy] > table["pass 1"][still]
     assert not torch.equal(seen[4], seen[5])  # each pass adds noise of its own
-    for truth, given, *passes in grid["rows"]:
+    (rows, columns, labels, _), _ = grids
+    assert columns == ["truth", "input", "pass 1", "pass 2", "pass 3"]
+    assert labels == list(table["input"]) == [still, noisy]
+    for truth, given, *passes in rows:
         assert len(passes) == 3 and not torch.equal(given, passes[0])
-    truth, given, restored, *_ = grid["rows"][0]
-    close(truth.flatten(), test[0], 0)
+    truth, given, restored, *_ = rows[0]
+    close(truth, test[0], 0)
     close(restored, (given + truth) / 2, 1e-6)
-    assert autoencoder.markdown({"r": {"c": [1.0, 3.0], "d": [5.0]}}) == (
+
+
+def test_each_seed_adds_noise_of_its_own_to_the_passes():
+    test, inputs = glyphs(8)[0], []
+    model = answering(lambda x: (inputs.append(x), x)[1])
+    for seed in (3, 4):
+        autoencoder.progressive(model, test, seed, passes=1)
+    clean_3, noisy_3, clean_4, noisy_4 = inputs
+    close(clean_3, clean_4, 0)
+    close(noisy_3, noise.add_gaussian_noise(clean_3, 0.1, seeded(3)), 0)
+    close(noisy_4, noise.add_gaussian_noise(clean_3, 0.1, seeded(4)), 0)
+
+
+def test_markdown_has_means_and_deviations_over_seeds():
+    table = lambda c: {"r": {"c": c, "d": 5.0}}
+    assert autoencoder.markdown([table(1.0), table(3.0)]) == (
         "|     | c               | d      |\n"
         "| --- | ---             | ---    |\n"
         "| r   | 2.0000 ± 1.4142 | 5.0000 |\n")
+    assert autoencoder.markdown([table(1.0)]).endswith("| r   | 1.0000 | 5.0000 |\n")
 
 
 def test_linear_classifier_is_the_minimum_of_its_objective():
@@ -2029,52 +2203,167 @@ def test_linear_classifier_is_the_minimum_of_its_objective():
 
 def test_features_by_hand():
     images, labels = glyphs(400)
-    model = autoencoder.DenoisingAutoencoder()
-    model.encoder[0].weight.data[:100] *= 5  # far more active
-    models = {"clean": [model] * 3, "gaussian 0.3": [model] * 3}
-    train_, test, y, y_test = images[:300], images[300:], labels[:300], labels[300:]
+    (train_, test), (y, y_test) = images.split([300, 100]), labels.split([300, 100])
+    noisy = lab_corruption("gaussian 0.3", test)
+    models = {"clean": autoencoder.DenoisingAutoencoder(),
+              "gaussian 0.3": autoencoder.DenoisingAutoencoder()}
     with torch.no_grad():
-        figures, grid = autoencoder.features(models, test, y_test, train_, y)
-        r = np.abs(np.corrcoef(model.encode(test).numpy().T))
-        layer = model.encoder[0]
-        active = layer(test).relu().std(0).argsort(descending=True)
-        weight = layer.weight[active[1]]
-    close(grid["rows"][1][1], (0.5 + 0.5 * weight / weight.abs().max()).view(1, 28, 28), 1e-5)
-    pixels, clean = figures["pixels"], figures["trained on clean"]
-    r = r[~np.eye(64, dtype=bool)]
-    close(clean["mean absolute correlation"], [r.mean()] * 3, 1e-4)
-    assert len(set(pixels["100 labels, clean"])) > 1  # each seed has a subset of its own
-    assert clean == figures["trained on gaussian 0.3"]  # one model
-    assert pixels["300 labels, clean"][0] > pixels["100 labels, clean"][0] > 0.3
-    assert pixels["300 labels, clean"][0] > pixels["300 labels, noisy"][0]
+        table, _ = autoencoder.features(models, test, y_test, train_, y, 5)
+        encoders = {f"trained on {label}": model.encode for label, model in models.items()}
+        for row, encode in (encoders | {"pixels": lambda x: x.flatten(1)}).items():
+            z, z_test, z_noisy = encode(train_), encode(test), encode(noisy)
+            order = torch.randperm(300, generator=seeded(5))
+            for count in (100, 300):
+                few = order[:count]
+                classify = autoencoder.linear_classifier(z[few], y[few])
+                for name, x in (("clean", z_test), ("noisy", z_noisy)):
+                    accuracy = (classify(x) == y_test).double().mean()
+                    close(table[row][f"{count} labels, {name}"], accuracy, 0.011)
+    pixels = table["pixels"]
+    assert len(pixels) == 5 and pixels["300 labels, clean"] > pixels["100 labels, clean"] > 0.3
+    assert pixels["300 labels, clean"] > pixels["300 labels, noisy"]
+    assert table["trained on clean"] != table["trained on gaussian 0.3"]
 
 
-def test_the_lab_runs_and_writes_what_it_prints():
-    with tiny_sets("sets"):
-        out = works(autoencoder, "--data mnist --data-dir sets --out lab --json f.json --epochs 2 "
+def test_mean_correlation_against_numpy():
+    z = torch.randn(200, 5, generator=seeded()) @ torch.randn(5, 5, generator=seeded(1))
+    r = np.abs(np.corrcoef(z.numpy().T))
+    expected = r[~np.eye(5, dtype=bool)].mean()
+    close(autoencoder.mean_correlation(z), expected, 1e-5)
+    constant = torch.ones(200, 1)
+    close(autoencoder.mean_correlation(torch.cat([z, constant], 1)), expected, 1e-5)
+
+
+def test_filters_are_those_of_the_most_active_units():
+    test, model = glyphs(100)[0], autoencoder.DenoisingAutoencoder().requires_grad_(False)
+    layer = model.encoder[0]
+    layer.weight[:100] *= 5  # far more active
+    with recorded_grids() as grids:
+        autoencoder.filters({"clean": model}, test)
+    (rows, _, labels, _), = grids
+    assert labels == ["trained on clean"] and len(rows[0]) == 16
+    active = layer(test.flatten(1)).relu().std(0).argsort(descending=True)
+    assert (active[:16] < 100).all()
+    weight = layer.weight[active[1]]
+    close(rows[0][1].flatten(), 0.5 + 0.5 * weight / weight.abs().max(), 1e-5)
+
+
+def test_autoencoder_alone_counts_its_parameters():
+    layers = [784, 256, 128, 64, 128, 256, 784]
+    count = sum(a * b + b for a, b in zip(layers, layers[1:]))
+    out = works(autoencoder, "")
+    assert f"{count:,} parameters" in out
+    assert out.count("Linear(") == 6
+
+
+def test_the_documents_trainer():
+    """A notebook's loop: a DataLoader of (images, labels), noise_fn(clean_images, noise_param)."""
+    images, labels = glyphs(256)
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(images.view(-1, 1, 28, 28), labels), 64, shuffle=True)
+    for noise_fn, noise_param in ((noise.add_gaussian_noise, 0.3),
+                                  (noise.add_salt_pepper_noise, 0.2),
+                                  (noise.add_masking_noise, 0.3)):
+        torch.manual_seed(0)
+        model = autoencoder.DenoisingAutoencoder(784, 64)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.001)
+        epochs = []
+        for epoch in range(6):
+            model.train()
+            total_loss = 0.0
+            for batch, _ in loader:
+                clean_images = batch.view(batch.size(0), -1)
+                noisy_images = noise_fn(clean_images, noise_param)
+                optimizer.zero_grad()
+                reconstructed, latent = model(noisy_images)
+                assert latent.shape == (len(batch), 64)
+                loss = torch.nn.MSELoss()(reconstructed, clean_images)
+                loss.backward()
+                optimizer.step()
+                total_loss += loss.item()
+            epochs.append(total_loss / len(loader))
+        assert epochs[-1] < 0.6 * epochs[0], epochs
+
+
+def test_what_each_flag_of_the_lab_changes():
+    with tiny_sets("data"):
+        line = "--exercise progressive"
+        out = works(autoencoder, line)  # 320 images, fewer than a batch of 512
+        assert out.count("trained on gaussian 0.3, seed") == 3
+        first = Path("out/lab.md").read_text("utf-8")
+        assert first.startswith(f"`python autoencoder.py {line} --data mnist --epochs 10 "
+                                "--seeds 3`")
+        assert sorted(os.listdir("out")) == ["autoencoder-progressive.png", "lab.md"]
+        works(autoencoder, f"{line} --out there")
+        assert Path("there/lab.md").read_text("utf-8") == first
+        tables = {first.split("\n", 1)[1]}
+        for flag in ("--epochs 2", "--seeds 1", "--batch-size 160"):
+            works(autoencoder, f"{line} {flag}")
+            tables.add(Path("out/lab.md").read_text("utf-8").split("\n", 1)[1])
+        assert len(tables) == 4  # each changes the figures
+        os.rename("data", "elsewhere")
+        works(autoencoder, f"{line} --data-dir elsewhere --data mnist")
+        assert Path("out/lab.md").read_text("utf-8") == first
+
+
+def test_the_report_on_one_autoencoder():
+    images = data.make_glyphs(60, 3)[0]
+    model = answering(torch.sqrt)
+    labels = ["clean", "gaussian 0.3", "salt_pepper 0.2", "masking 0.3"]
+    expected, drawn = autoencoder.cross_test({"mixed": model}, labels, images / 255, count=4)
+    with folder() as root:
+        path = root / "new/samples.png"
+        table, said = quiet(autoencoder.report_autoencoder, model, images, path.parent, "mixed")
+        with Image.open(path) as picture:
+            assert np.array_equal(picture, drawn)
+    assert table == expected
+    assert said == (f"test MSE, 60 images\n{autoencoder.markdown([table])}picture: {path}\n")
+
+
+def test_the_report_on_fewer_images_than_it_shows():
+    test, model = data.make_glyphs(2, 3)[0], autoencoder.DenoisingAutoencoder()
+    with folder() as root, recorded_grids() as grids:
+        quiet(autoencoder.report_autoencoder, model, test, root, "clean")
+    assert grids[0][1] == ["truth", "input", "clean"] * 2
+
+
+def test_the_lab_writes_the_tables_and_pictures_of_its_exercises():
+    noises = ["gaussian 0.3", "salt_pepper 0.2", "masking 0.3"]
+    levels = [f"gaussian 0.{i}" for i in range(1, 6)]
+    unknown = ["masking 0.3 + gaussian 0.3", "gaussian 0.3 + salt_pepper 0.2", "stripes"]
+    pair, seeds = ["clean", "gaussian 0.3"], (0, 1)
+    with tiny_sets("sets"), recorded_models() as models:
+        out = works(autoencoder, "--data mnist --data-dir sets --out lab --epochs 2 "
                                  "--batch-size 128 --seeds 2 --exercise all")
-        assert out.count("trained on gaussian 0.3, seed") == 2
-        results = json.loads(Path("f.json").read_text())
+        train_, y = data.load_mnist("sets", True)
+        test, y_test = data.load_mnist("sets", False)
+        train_, test, y = train_ / 255, test / 255, y.long()
+
+        def trained(seed, labels):
+            return {label: models[seed][label] for label in labels}
+
+        def cross(trained_on, tested_on):
+            return [autoencoder.cross_test(trained(seed, trained_on), tested_on, test)
+                    for seed in seeds]
+
+        expected = {
+            "compare": cross(pair, ["clean", *noises]),
+            "levels": cross(levels, levels),
+            "types": cross(noises, noises),
+            "blind": cross(["mixed", *noises], noises + unknown),
+            "features": [autoencoder.features(trained(seed, pair), test, y_test, train_, y, seed)
+                         for seed in seeds],
+            "progressive": [autoencoder.progressive(models[seed]["gaussian 0.3"], test, seed)
+                            for seed in seeds]}
         first, *sections = Path("lab/lab.md").read_text("utf-8").split("\n## ")
         assert "--exercise all --data mnist --epochs 2 --seeds 2" in first
-        names = ["compare", "levels", "types", "blind", "features", "progressive"]
-        for name, section in zip(names, sections, strict=True):
-            with Image.open(f"lab/autoencoder-{name}.png") as picture:
-                assert min(picture.size) > 150 and picture.getextrema() != ((255, 255),) * 3
-            assert section == f"{name}\n\n{autoencoder.markdown(results[name])}"
+        for (name, runs), section in zip(expected.items(), sections, strict=True):
+            tables, pictures = zip(*runs)
+            assert section == f"{name}\n\n{autoencoder.markdown(tables)}"
             assert section.strip() in out
-        same = [results[name]["trained on gaussian 0.3"]["gaussian 0.3"]
-                for name in ("compare", "levels", "types", "blind")]
-        assert same == same[:1] * 4
-        test = data.load_mnist("sets", False)[0].flatten(1).float() / 255
-        left = F.mse_loss(noise.add_masking_noise(test, 0.3, seeded()), test)
-        close(results["types"]["left alone"]["masking 0.3"][0], left, 1e-6)
-        # what train.py trains is the same model, bit for bit
-        got = trained("dae", "--data-dir sets --seed 1 --epochs 2 --batch-size 128")
-        images = data.load_mnist("sets", True)[0].flatten(1).float() / 255
-        models, _ = quiet(autoencoder.train_models, ["gaussian 0.3"], images, 2, 2, 128)
-        model = models["gaussian 0.3"][1]
-        equal(got["model"], model.state_dict())
+            with Image.open(f"lab/autoencoder-{name}.png") as picture:
+                assert np.array_equal(picture, pictures[0]), name
+    assert out.count("trained on gaussian 0.3, seed") == 2
 
 
 def test_the_pictures_show_what_their_labels_say():
@@ -2251,10 +2540,10 @@ def test_the_closing_table_is_about_test_images():
                 figures = [few[method]["psnr"] for method in ("one-step mean", "kriging")]
             else:
                 texts = ["clean", "gaussian 0.3", "salt_pepper 0.2", "masking 0.3"]
-                clean = images.flatten(1).float() / 255
+                clean = images / 255
                 with torch.no_grad():
-                    expected, _ = autoencoder.cross_test(texts, {"gaussian 0.3": [net]}, clean)
-                figures = expected["trained on gaussian 0.3"]["gaussian 0.3"]
+                    expected, _ = autoencoder.cross_test({"gaussian 0.3": net}, texts, clean)
+                figures = [expected["trained on gaussian 0.3"]["gaussian 0.3"]]
             equal(results, expected, 1e-5 if model == "nf" else 1e-6)
             close(got["tests"][-1], [2, *figures], 1e-3 if model == "nf" else 1e-6)
             for picture in ("loss.png", "samples.png"):
@@ -2299,7 +2588,7 @@ def test_seconds_of_training_pay():
     before, optimizers = figures(), train.make_optimizers(model, args)
     loss = lambda index: sum(train.field_loss(model.train(), images[half], sched, pure_noise) / 2
                              for half, pure_noise in zip(index.chunk(2), (True, False)))
-    for _ in autoencoder.training_loop(model, optimizers, loss, images, 150, 8, 0, 0.02):
+    for _ in train.training_loop(model, optimizers, loss, images, 150, 8, 0, 0.02):
         pass
     model.eval()
     gained = figures() - before
@@ -2399,6 +2688,18 @@ def test_two_processes_train_as_one():
             refused(train, "--model nf --batch-size 6 --bench", "torchrun")
 
 
+def test_two_processes_corrupt_as_one():
+    torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"
+    flags = "--model dae --data mnist --noise mixed --batch-size 8 --steps 1 --out"
+    with tiny_sets():
+        works(train, f"{flags} one")
+        process = start_training(f"{flags} two", *torchrun)
+        assert process.wait(200) == 0, Path("log").read_text()
+        one, two = (checkpoint_of(f"{name}/dae")["optimizers"] for name in ("one", "two"))
+        # after one step exp_avg is a tenth of the gradient
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
+
+
 def test_a_full_disk_or_a_loss_that_is_not_finite_spares_the_checkpoint():
     import resource
     with tiny_sets():
@@ -2414,7 +2715,7 @@ def test_a_full_disk_or_a_loss_that_is_not_finite_spares_the_checkpoint():
         assert path.read_bytes() == before
         assert [p.name for p in path.parent.glob("checkpoint*")] == ["checkpoint.pt"]
         refused(train, f"{line} 4 --out /proc/nowhere")
-        with patched(noise, NOISES={**noise.NOISES, "gaussian": (lambda x, *_: x * math.nan, 0.3)}):
+        with patched(train, NOISES={**noise.NOISES, "gaussian": (lambda x, *_: x * math.nan, 0.3)}):
             refused(train, f"{line} 4 --resume", "finite")
         assert path.read_bytes() == before
         refused(train, f"{line} 1 --lr 1e39 --out wild", "finite")  # only the weights

@@ -15,7 +15,7 @@ All three compare a prediction with the CLEAN image:
     dae    loss = mean (g(f(corrupt(x))) - x)^2       autoencoder_loss in autoencoder.py
     ae     loss = mean (g(f(x)) - x)^2
 
-The loop is training_loop in autoencoder.py: draw a batch, its loss, backward, step. Each step
+The loop is training_loop: draw a batch, its loss, backward, step. Each step
 seeds its random numbers with a function of --seed and its number, so a resumed run repeats an
 uninterrupted one, on a CPU bit for bit. Below out/MODEL it writes checkpoint.pt, loss.png,
 samples.png and results.json.
@@ -24,6 +24,7 @@ import os
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # before torch is imported
 import argparse
+import math
 import signal
 import statistics
 import sys
@@ -33,16 +34,16 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 import sample
-from autoencoder import DenoisingAutoencoder, autoencoder_loss, corrupted, training_loop
-from data import (fixed_order, line_chart, load_dataset, off_grid_split, run,
-                  sparse_split)
+from autoencoder import DenoisingAutoencoder, autoencoder_loss, leave_clean
+from data import fixed_order, line_chart, load_dataset, off_grid_split, run, sparse_split
 from nf_denoiser import PARTS, SIZES, NFDenoiser, nf_loss, pixel_covariance
-from noise import NOISES
+from noise import NOISES, add_mixed_noise
 from sample import between, evaluate_field, load_checkpoint, pick_device, save_checkpoint
 from schedule import DiffusionSchedule
 
@@ -90,6 +91,51 @@ def make_optimizers(model, args):
         optimizers.append(torch.optim.AdamW(rest, 0.15 * args.lr if muon else args.lr, fused=True,
                                             weight_decay=0.01 if args.model == "nf" else 0.0))
     return optimizers
+
+
+def training_loop(model, optimizers, batch_loss, images, steps, batch_size, seed, warmup, first=0):
+    """Train any model: yields (steps done, loss) after each step from `first`.
+
+    images: (N, ...), in a new order in each epoch. batch_loss: indices (batch_size,) of images ->
+    loss; its random numbers are torch's own. They and the order are seeded with functions of seed,
+    epoch and step, so that a run can be resumed at any step. The learning rate is the one that an
+    optimizer was made with, times a linear warm-up over the share `warmup` (0 to 1) of the steps,
+    times a half-cosine decay to 0: Loshchilov & Hutter (2017), eq. 5.
+    """
+    per_epoch = max(1, len(images) // batch_size)
+    for step in range(first, steps):
+        epoch, place = divmod(step, per_epoch)
+        if place == 0 or step == first:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            order = torch.randperm(len(images), generator=generator).to(images.device)
+        torch.manual_seed(seed * 1_000_003 + step)
+        loss = batch_loss(order[place * batch_size:(place + 1) * batch_size])
+        model.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        rise = min(1.0, (step + 1) / max(1, warmup * steps))
+        rate = rise * 0.5 * (1 + math.cos(math.pi * step / steps))
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * rate
+            optimizer.step()
+        yield step + 1, loss.detach()
+
+
+def corruption(text):
+    """The function(images, generator=None) -> noisy images that a checkpoint's noise stands for.
+
+    text: "clean", "mixed", or a noise of noise.py and its strength, such as "gaussian 0.3".
+    """
+    if text == "clean":
+        return leave_clean
+    if text == "mixed":
+        return add_mixed_noise
+    name, strength = text.split()
+    add_noise = NOISES[name][0]
+
+    def corrupt(images, generator=None):
+        return add_noise(images, float(strength), generator)
+    return corrupt
 
 
 # --------------------------------------------------------------------------------- command line
@@ -289,11 +335,14 @@ def main():
     schedule = DiffusionSchedule(beta_schedule=args.beta_schedule).to(args.device)
     shard = slice(rank, None, world)
     ratio = None if "unet" in args.parts else 0.2
+    corrupt = corruption(args.noise)
 
     def batch_loss(index):
         """The loss of this process's share of the images `index` (batch_size,)."""
         if args.model != "nf":
-            return autoencoder_loss(model, images[index].flatten(1) / 255, args.noise, shard)
+            clean = images[index].flatten(1) / 255
+            noisy = corrupt(clean)  # of all processes: two draw the same noise as one
+            return autoencoder_loss(model, clean[shard], noisy[shard])
         losses = []  # half of the batch trains the one-step mean, half the steps of a sampler
         for half, pure_noise in zip(index.chunk(2), (True, False)):
             order, pixels = None, images[0, 0].numel()
@@ -315,7 +364,8 @@ def main():
             model.train()
             return [figures[name]["psnr"] for name in ("one-step mean", "kriging")]
         test = test_images[:1000].flatten(1).float() / 255
-        return [F.mse_loss(model(corrupted(test, args.noise))[0], test).item()]
+        noisy = corrupt(test, generator=torch.Generator(test.device).manual_seed(0))
+        return [autoencoder_loss(model, test, noisy).item()]
 
     folder = args.out / args.model
     path = folder / "checkpoint.pt"
