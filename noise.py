@@ -72,14 +72,6 @@ def add_mixed_noise(images, generator=None):
     return torch.where(kind == 2, masked, mixed)
 
 
-def uniform_per_pixel(images, generator):
-    """Uniform in [0, 1): (B, 1, H, W) for images (B, C, H, W), else of the images' shape."""
-    shape = list(images.shape)
-    if images.dim() == 4:
-        shape[1] = 1
-    return torch.rand(shape, generator=generator, device=images.device)
-
-
 def psnr(mse):
     """Peak signal-to-noise ratio in dB of values in [0, 1]: -10 log10(mse), at most 100.
 
@@ -118,7 +110,7 @@ def ssim(a, b):
     return (luminance * structure).view(batch, -1).mean(1)
 
 
-# ===================== below: checks, command line, picture
+# ===================== below: random numbers, checks, command line, picture
 
 # name on the command line: (function, default strength)
 NOISES = {
@@ -126,6 +118,14 @@ NOISES = {
     "salt_pepper": (add_salt_pepper_noise, 0.2),
     "masking": (add_masking_noise, 0.3),
 }
+
+
+def uniform_per_pixel(images, generator):
+    """Uniform in [0, 1): (B, 1, H, W) for images (B, C, H, W), else of the images' shape."""
+    shape = list(images.shape)
+    if images.dim() == 4:
+        shape[1] = 1
+    return torch.rand(shape, generator=generator, device=images.device)
 
 
 def check_noise(images, strength, highest):

@@ -51,8 +51,8 @@ class DiffusionSchedule:
     """The constants of a noise schedule, float64 tensors (T,), and the steps that use them.
 
     timesteps: T, 1 to 10,000. beta_schedule: "cosine" or "linear". Raises ValueError for others.
-    x_0, x_t, noise and the results are float (B, ...) of one shape. A timestep t is an int
-    (IndexError if out of range) or a tensor (B,), int64 or float (rounded down).
+    x_0, x_t, noise and the results: float (B, ...) of one shape. t, t_next: an int (IndexError if
+    out of range) or a tensor (B,), int64 or float (rounded down).
     """
 
     def __init__(self, timesteps=1000, beta_schedule="cosine"):
@@ -116,7 +116,6 @@ class DiffusionSchedule:
         The prediction splits x_t into x_0_hat and eps_hat: jump to x_0_hat, then walk back along
         eps_hat to the noise level of t_next. Only the two levels matter, not how many timesteps
         lie between them, so steps can be left out.
-
         t_next: below t; -1 is clean data. eta: how much of the noise is new; 0: none, 1 with
         t_next = t - 1: as much as in DDPM. noise: N(0, I), drawn if it is None and eta is not 0.
         """
@@ -191,13 +190,13 @@ def ddpm(denoise, schedule, x_T, generator=None, on_step=None):
     return x_t
 
 
+# ===================== below: random numbers, checks, command line, picture
+
+
 def normal_like(x, generator=None):
     """N(0, I) with the shape, dtype and device of x, drawn on the generator's device."""
     device = generator.device if generator else x.device
     return torch.randn(x.shape, generator=generator, device=device).to(x)
-
-
-# ===================== below: checks, command line, picture
 
 
 def check_timesteps(timesteps):

@@ -530,7 +530,9 @@ def test_no_noise_is_drawn_that_nobody_needs():
 
 def test_a_generator_may_be_on_another_device():
     x = torch.empty(2, 3, device="meta", dtype=torch.float64)  # meta stands for a GPU
-    noise_there = schedule.normal_like(x, seeded())
+    with unittest.mock.patch("torch.randn", wraps=torch.randn) as drawn:
+        noise_there = schedule.normal_like(x, seeded())
+    assert drawn.call_args.kwargs["device"] == torch.device("cpu")
     assert noise_there.is_meta
     assert noise_there.shape == (2, 3) and noise_there.dtype == torch.float64
 
@@ -623,18 +625,19 @@ def test_a_tensor_gives_each_image_a_strength():
 
 def test_the_simple_noises_written_out_with_their_defaults():
     """Figures rest on these streams: a normal for each value, or a uniform for each pixel."""
-    images = torch.rand(4, 3, 8, 8, generator=seeded(1))
-    eps = torch.randn(4, 3, 8, 8, generator=seeded())
-    u = torch.rand(4, 1, 8, 8, generator=seeded()).expand(4, 3, 8, 8)
-    gaussian = (images + 0.3 * eps).clamp(0, 1)
-    salt_pepper = images.clone()
-    salt_pepper[u < 0.2] = 1
-    salt_pepper[u < 0.1] = 0
-    masking = images * (u >= 0.3)
-    for add, expected in zip(SIMPLE, (gaussian, salt_pepper, masking)):
-        assert torch.equal(add(images, generator=seeded()), expected)
-        torch.manual_seed(0)  # the global generator, if none is given
-        assert torch.equal(add(images), expected)
+    for dtype in (torch.float32, torch.float64):
+        images = torch.rand(4, 3, 8, 8, generator=seeded(1), dtype=dtype)
+        eps = torch.randn(4, 3, 8, 8, generator=seeded(), dtype=dtype)
+        u = torch.rand(4, 1, 8, 8, generator=seeded()).expand(4, 3, 8, 8)
+        gaussian = (images + 0.3 * eps).clamp(0, 1)
+        salt_pepper = images.clone()
+        salt_pepper[u < 0.2] = 1
+        salt_pepper[u < 0.1] = 0
+        masking = images * (u >= 0.3)
+        for add, expected in zip(SIMPLE, (gaussian, salt_pepper, masking)):
+            assert add(images, generator=seeded()).equal(expected)
+            torch.manual_seed(0)  # the global generator, if none is given
+            assert add(images).equal(expected)
 
 
 def test_only_in_a_batch_of_images_are_channels_hit_together():
