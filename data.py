@@ -53,9 +53,8 @@ def load_mnist(root, train):
     images = read_idx(folder / f"{prefix}-images-idx3-ubyte", (28, 28))
     labels = read_idx(folder / f"{prefix}-labels-idx1-ubyte", ())
     if len(images) != len(labels) or labels.max() > 9:
-        raise ValueError(f"{folder}/{prefix}*: expected labels 0 to 9 for {len(images):,} images, "
-                         f"found {len(labels):,} labels up to {labels.max()}; delete the files "
-                         f"to fetch them again")
+        raise ValueError(f"{folder}/{prefix}*: {len(images):,} images have {len(labels):,} labels "
+                         f"up to {labels.max()}, not 9; delete the files to fetch them again")
     return torch.from_numpy(images[:, None]), torch.from_numpy(labels)
 
 
@@ -207,7 +206,7 @@ def read_cifar10_records(root, names):
     for path in paths:
         content = np.fromfile(path, np.uint8, count=30_730_001)  # one byte too many is enough
         count, rest = divmod(len(content), 3073)
-        if rest or not 1 <= count <= 10_000 or content[::3073].max() > 9:
+        if count == 0 or rest or content[::3073].max() > 9:
             raise ValueError(f"{path}: expected 10,000 records of 3,073 bytes, the first 0 to 9, "
                              f"not these {len(content):,} bytes; delete it to fetch it again")
         if count < 10_000:
@@ -247,7 +246,7 @@ def count_split(num_pixels, input_ratio, output_ratio):
 def make_leaves(count, seed):
     """Dead leaves: random discs painted over each other, radii with density r^-3, 3 to 40 pixels.
 
-    Returns (images uint8 (count, 3, 32, 32), labels, all 0), a function of count and seed.
+    Returns (images uint8 (count, 3, 32, 32), labels uint8, all 0).
     """
     rng = np.random.default_rng(seed)
     discs = 35_592  # 5 times the area of the canvas
@@ -272,7 +271,7 @@ def make_leaves(count, seed):
 def make_glyphs(count, seed):
     """Digits of Pillow's font of random size, stroke, place and rotation.
 
-    Returns (images uint8 (count, 1, 28, 28), labels uint8 0 to 9), a function of count and seed.
+    Returns (images uint8 (count, 1, 28, 28), labels uint8 (count,) from 0 to 9).
     """
     rng = np.random.default_rng(seed)
     fonts = [ImageFont.load_default(size) for size in range(20, 31)]
@@ -282,14 +281,14 @@ def make_glyphs(count, seed):
         digit = Image.new("L", (28, 28))
         centre = 14 + rng.uniform(-2.5, 2.5, 2)
         font = fonts[rng.integers(11)]
-        stroke = rng.integers(3) / 2
-        draw = ImageDraw.Draw(digit)
-        draw.text(centre, str(label), 255, font, anchor="mm", stroke_width=stroke)
+        ImageDraw.Draw(digit).text(centre, str(label), 255, font, anchor="mm",
+                                   stroke_width=rng.integers(3) / 2)
         image[0] = digit.rotate(rng.uniform(-20, 20), Image.Resampling.BICUBIC)
     return torch.from_numpy(images), torch.from_numpy(labels)
 
 
 BUILT_IN = {"leaves": (make_leaves, 20_480, 1_024), "glyphs": (make_glyphs, 20_000, 2_000)}
+MODES = {1: "L", 3: "RGB"}  # Pillow's names for the numbers of channels
 
 
 def load_dataset(name, root, train, real="cifar10"):
@@ -322,8 +321,7 @@ def load_dataset(name, root, train, real="cifar10"):
 def load_folder(folder, train, channels, side):
     """Every picture below a folder. The 10% with the lowest hashes of their names are the test set.
 
-    Returns (images uint8 (N, channels, side, side), labels, all 0). Raises ValueError if
-    there are fewer than 20.
+    Returns (images uint8 (N, channels, side, side), labels, all 0). Raises ValueError below 20.
     """
     def hash_of_name(path):
         name = path.relative_to(folder).as_posix()
@@ -352,15 +350,11 @@ def open_picture(path):
         if image.mode == "F":
             raise ValueError("its pixels are floating-point numbers")
         if image.mode.startswith("I"):  # 16 bits a pixel: Pillow would clip them at 255
-            levels = np.asarray(image) / 257
-            image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
+            image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
         return image
     except Exception as problem:  # Pillow's readers of damaged files raise all kinds of things
         reason = str(problem) or type(problem).__name__
         raise ValueError(f"cannot use {path} as a picture: {reason}") from None
-
-
-MODES = {1: "L", 3: "RGB"}  # Pillow's name for each number of channels
 
 
 def square_picture(picture, channels, side):
@@ -380,8 +374,8 @@ def load_picture(path, channels, mask=None, input_ratio=0.2, seed=0):
 
     Missing pixels: transparent ones (alpha below 128), and where the picture `mask` is white (128
     or more); of a complete picture (has_truth) all but input_ratio, drawn with `seed`.
-    At most 1,024 pixels a side: larger pictures are reduced, with a notice.
-    Raises ValueError for files that cannot be used and if nothing is missing.
+    Pictures of more than 1,024 pixels a side are reduced, with a notice. Raises ValueError for
+    files that cannot be used and if nothing is missing.
     """
     picture = open_picture(path).convert("RGBA")
     if mask:
@@ -428,8 +422,8 @@ def image_grid(rows, column_labels=(), row_labels=(), captions=None, zoom=4):
     top = 24 if column_labels else 6
     step_x = width + 6
     step_y = height + (24 if captions else 6)
-    columns = max(map(len, rows))
-    grid = Image.new("RGB", (left + step_x * columns, top + step_y * len(rows)), "white")
+    size = left + step_x * max(map(len, rows)), top + step_y * len(rows)
+    grid = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(grid)
     for i, row in enumerate(rows):
         for j, image in enumerate(row):
@@ -448,9 +442,8 @@ def image_grid(rows, column_labels=(), row_labels=(), captions=None, zoom=4):
 
 def heat(error, limit=0.5):
     """Absolute error (C, H, W) as colours (3, H, W): black 0, red, yellow, white from `limit`."""
-    level = 3 * (error.abs().mean(0) / limit).clamp(0, 1)
-    red, green, blue = level, level - 1, level - 2
-    return torch.stack([red, green, blue]).clamp(0, 1)
+    level = 3 * error.abs().mean(0) / limit
+    return torch.stack([level, level - 1, level - 2]).clamp(0, 1)
 
 
 def line_chart(title, curves):

@@ -1324,8 +1324,9 @@ def test_the_numbers_on_the_axes_are_where_they_say():
 
 def test_the_numbers_on_an_axis_are_right_and_distinct():
     for low, high in ((20.9, 21), (0, 1), (70, 7000), (-0.3, 0.1), (-1e-4, 1e-4), (1e5, 1e5 + 1)):
-        for numbers in axes([low, high], [high, low]):
-            values = [float(text) for text in numbers.values()]
+        across, up = axes([low, high], [2 * high, 2 * low])
+        for numbers, scale in ((across, 1), (up, 2)):
+            values = [float(text) / scale for text in numbers.values()]
             close(values, np.linspace(low, high, 5), 0.02 * (high - low))
     across, up = axes([3], [7])  # a single point
     assert [float(text) for text in up.values()] == [7, 7.25, 7.5, 7.75, 8]
@@ -1399,17 +1400,17 @@ def test_a_large_picture_is_reduced_to_1024_pixels():
     noisy = bytes_((40, 1025)) // 2 * 2
     hole = np.arange(1025) % 50 < 25
     with folder():
-        save_png("complete.png", noisy)
+        save_png("complete.png", noisy.T)
         save_png("holes.png", *[noisy] * 3, 255 * np.broadcast_to(~hole, noisy.shape))
-        save_png("limit.png", noisy[:, 1:].T)
+        save_png("limit.png", noisy[:, 1:])
         (image, _, _), said = quiet(data.load_picture, "complete.png", 1)
-        assert image.shape == (1, 40, 1024) and "complete.png is reduced to 1024" in said
+        assert image.shape == (1, 1024, 40) and "complete.png is reduced to 1024" in said
         assert (image % 2).any()  # averaged
         (image, given, _), _ = quiet(data.load_picture, "holes.png", 1)
         assert not (image % 2).any()  # next to holes the nearest pixel
         close(given.double().mean(), 0.5, 0.02)
         (image, _, _), said = quiet(data.load_picture, "limit.png", 1)
-        assert image.shape == (1, 1024, 40) and not said
+        assert image.shape == (1, 40, 1024) and not said
 
 
 def test_pictures_that_cannot_be_restored_are_refused():
