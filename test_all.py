@@ -1980,29 +1980,6 @@ def test_autoencoder_layers_and_first_output():
     raises(ValueError, lambda: model(torch.rand(2, 3, 32, 32)), 784)
 
 
-def test_the_training_loop_by_hand():
-    """Seeds, the order of the images, warming up and a cosine, gradients clipped to a norm of 1."""
-    model, images, seen = torch.nn.Linear(1, 1).double(), torch.arange(300), []
-    optimizer = torch.optim.SGD(model.parameters(), 0.4)
-    weights = lambda: torch.nn.utils.parameters_to_vector(model.parameters()).detach()
-
-    def loss(index):
-        seen.append(images[index])
-        close(torch.rand(1), torch.rand(1, generator=seeded(7 * 1_000_003 + len(seen) - 1)), 0)
-        return 1e4 * model(torch.ones(1).double()).sum()  # an enormous gradient
-
-    before = weights()
-    loop = train.training_loop(model, [optimizer], loss, images, 30, 100, 7, 0.1)
-    for i, (step, value) in enumerate(loop):
-        assert step == len(seen) == i + 1 and math.isfinite(value)
-        rate = 0.4 * min(1, (i + 1) / 3) * 0.5 * (1 + math.cos(math.pi * i / 30))
-        close((weights() - before).norm(), rate, 1e-9)
-        before = weights()
-    epochs = torch.cat(seen).view(10, 300)
-    close(epochs.sort()[0], images.expand(10, 300), 0)
-    assert not torch.equal(epochs[0], epochs[1])
-
-
 def test_every_corruption_does_what_its_label_says():
     x = glyphs(50)[0]
     corruptions = autoencoder.lab_corruptions()
@@ -2415,6 +2392,33 @@ def equal(a, b, tolerance=0):
     torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
 
 
+def test_the_training_loop_by_hand():
+    """Seeds, the order of the images, warming up and a cosine, gradients clipped to a norm of 1."""
+    model, images, seen = torch.nn.Linear(1, 1).double(), torch.arange(300), []
+    optimizer = torch.optim.SGD(model.parameters(), 0.4)
+
+    def weights():
+        return torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+
+    def loss(index):
+        seen.append(images[index])
+        seed = 7 * 1_000_003 + len(seen) - 1
+        close(torch.rand(1), torch.rand(1, generator=seeded(seed)), 0)
+        return 1e4 * model(torch.ones(1).double()).sum()  # an enormous gradient
+
+    task = types.SimpleNamespace(model=model, batch_loss=loss, warmup=0.1)
+    args = types.SimpleNamespace(batch_size=100, steps=30, seed=7)
+    before = weights()
+    for i, (step, value) in enumerate(train.training_loop(task, [optimizer], images, args)):
+        assert step == len(seen) == i + 1 and math.isfinite(value)
+        rate = 0.4 * min(1, (i + 1) / 3) * 0.5 * (1 + math.cos(math.pi * i / 30))
+        close((weights() - before).norm(), rate, 1e-9)
+        before = weights()
+    epochs = torch.cat(seen).view(10, 300)
+    close(epochs.sort()[0], images.expand(10, 300), 0)
+    assert not torch.equal(epochs[0], epochs[1])
+
+
 def test_three_steps_of_the_denoising_autoencoder_written_out():
     with tiny_sets():
         got = trained("dae", "--steps 3 --batch-size 64")
@@ -2463,7 +2467,7 @@ def test_three_steps_of_the_field_written_out():
             covariance = nf_denoiser.pixel_covariance(images)
             model = nf_denoiser.NFDenoiser(sched.alphas_cumprod, covariance=covariance,
                                            **nf_denoiser.SIZES["small"])
-            close(got["model"]["field.covariance"], covariance, 1e-6)
+            close(got["model"]["prior.covariance"], covariance, 1e-6)
             named = dict(model.named_parameters())
             start = {name: p.detach().clone() for name, p in named.items()}
             small = ("latents", "to_values.weight", "unet.first.weight")
@@ -2483,8 +2487,11 @@ def test_three_steps_of_the_field_written_out():
                     x_in, x_0 = (values.gather(1, i[..., None].expand(-1, -1, 3)) for i in chosen)
                     t = torch.randint(999 if pure else 0, 1000, (20,))
                     bar = sched.alphas_cumprod[t].float()[:, None, None]
-                    x_t = bar.sqrt() * x_0 + (1 - bar).sqrt() * torch.randn(x_0.shape)
-                    x_0_hat = model(None if pure else x_t, coords[1], t, coords[0], x_in)
+                    x_t = None
+                    if not pure:
+                        eps = torch.randn(x_0.shape)
+                        x_t = bar.sqrt() * x_0 + (1 - bar).sqrt() * eps
+                    x_0_hat = model(x_t, coords[1], t, coords[0], x_in)
                     losses.append(((x_0_hat - x_0) ** 2).mean())
                 loss = sum(losses) / 2
                 close(got["losses"][step], loss.detach(), 2e-5)
@@ -2526,8 +2533,8 @@ def test_the_flags_of_train():
         got = trained("nf", "--steps 1 --batch-size 2 --parts unet perceiver")
         assert got["config"]["parts"] == ["unet", "perceiver"]
         net = sample.load_checkpoint("out/nf/checkpoint.pt")[0]
-        assert net.field is None and not net.training
-        got = trained("nf", "--parts field")
+        assert isinstance(net.prior, nf_denoiser.IndependentPixels) and not net.training
+        got = trained("nf", "--parts gaussian")
         assert got["step"] == 0 and len(got["losses"]) == 0
 
 
@@ -2574,8 +2581,8 @@ def test_seconds_of_training_pay():
         table = sample.evaluate_field(model.eval(), sched, test)
         return [table[name]["psnr"] for name in ("one-step mean", "kriging")]
 
-    field, krige = one_step(tiny_field(("field",), side=16, covariance=covariance))
-    assert field > krige + 0.6, (field, krige)
+    gaussian, krige = one_step(tiny_field(("gaussian",), side=16, covariance=covariance))
+    assert gaussian > krige + 0.6, (gaussian, krige)
     args = types.SimpleNamespace(model="nf", size="small", lr=0.02)
     model = tiny_field(("unet",), side=16, widths=(16, 24))
     split = data.sparse_split(test, order=data.fixed_order(0, torch.arange(100), 256))
@@ -2590,9 +2597,17 @@ def test_seconds_of_training_pay():
         return np.array([one_step(model)[0], sample.psnr(mse)])
 
     before, optimizers = figures(), train.make_optimizers(model, args)
-    loss = lambda index: sum(train.field_loss(model.train(), images[half], sched, pure_noise) / 2
-                             for half, pure_noise in zip(index.chunk(2), (True, False)))
-    for _ in train.training_loop(model, optimizers, loss, images, 150, 8, 0, 0.02):
+
+    def loss(index):
+        first, second = index.chunk(2)
+        model.train()
+        mean = nf_denoiser.nf_loss(model, sched, data.sparse_split(images[first], 0.2, None), True)
+        steps = nf_denoiser.nf_loss(model, sched, data.sparse_split(images[second]), False)
+        return (mean + steps) / 2
+
+    task = types.SimpleNamespace(model=model, batch_loss=loss, warmup=0.02)
+    args = types.SimpleNamespace(**vars(args), batch_size=8, steps=150, seed=0)
+    for _ in train.training_loop(task, optimizers, images, args):
         pass
     model.eval()
     gained = figures() - before
@@ -2613,7 +2628,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped():
                 if checkpoint["step"] == 2:
                     signal.raise_signal(signal.SIGINT)  # Ctrl-C: one more step, then stop
 
-            with patched(train, save_checkpoint=interrupt):
+            with patched(sample, save_checkpoint=interrupt):
                 code, out, err = run(train, f"{line} parts")
             assert code == 130 and "--resume" in out, err
             assert checkpoint_of(f"parts/{model}")["step"] == 3
@@ -2689,7 +2704,6 @@ def test_two_processes_train_as_one():
         assert sample.load_checkpoint("one/nf/checkpoint.pt")[1]["step"] >= 2
         with patched(os, environ={**os.environ, "WORLD_SIZE": "3", "RANK": "0"}):
             refused(train, f"{flags} one --steps 1", "multiple of 6")
-            refused(train, "--model nf --batch-size 6 --bench", "torchrun")
 
 
 def test_two_processes_corrupt_as_one():
@@ -2725,17 +2739,6 @@ def test_a_full_disk_or_a_loss_that_is_not_finite_spares_the_checkpoint():
         refused(train, f"{line} 1 --lr 1e39 --out wild", "finite")  # only the weights
         assert not list(Path("wild").rglob("*.pt"))
         works(train, f"{line} 4 --resume")
-
-
-def test_bench_prints_its_measurements():
-    with tiny_sets():
-        for model, name in (("nf", "cifar10"), ("ae", "mnist")):
-            out = works(train, f"--model {model} --data {name} --batch-size 4 --bench")
-            shares = [float(x) for x in re.findall(r"(-?\d+\.\d)%", out)]
-            assert len(shares) == 4 and abs(sum(shares) - 100) < 0.3, out
-            assert "of the matmul rate" in out and not Path("out").exists()
-    flop = float(re.search(r"([\d.]+) GFLOP", out)[1])
-    close(flop, 1e-9 * (6 * 483_328 - 2 * 784 * 256), 0.6e-3)  # no gradient of the input
 
 
 # ----------------------------------------------------------------------------- using the programs
