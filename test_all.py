@@ -1027,16 +1027,23 @@ def different(images):
 
 
 def test_built_in_sets_have_other_images_for_the_test_and_the_same_in_every_call():
-    assert {name: counts for name, (_, *counts) in data.BUILT_IN.items()} == dict(
-        leaves=[20_480, 1_024], glyphs=[20_000, 2_000])
     small = dict(leaves=(data.make_leaves, 40, 30), glyphs=(data.make_glyphs, 900, 300))
     with patched(data, BUILT_IN=small):
-        for name, (_, *counts) in small.items():
-            load = lambda train: data.load_dataset(name, "", train)
-            (_, a, labels), (_, b, _) = load(True), load(False)
-            assert len(different(a)) == len(labels) == counts[0] and len(b) == counts[1]
-            assert not different(a) & different(b) and torch.equal(load(False)[1], b)
-            assert a.dtype == labels.dtype == torch.uint8 and 30 < a.float().std() < 110
+        for name, (_, train_count, test_count) in small.items():
+            _, images, labels = data.load_dataset(name, "", True)
+            _, test_images, _ = data.load_dataset(name, "", False)
+            _, again, _ = data.load_dataset(name, "", False)
+            assert torch.equal(test_images, again)
+            assert len(test_images) == test_count
+            assert len(different(images)) == len(labels) == train_count
+            assert not different(images) & different(test_images)
+            assert images.dtype == labels.dtype == torch.uint8
+            assert 30 < images.float().std() < 110
+
+
+def test_the_sizes_of_the_built_in_sets():
+    assert data.BUILT_IN["leaves"] == (data.make_leaves, 20_480, 1_024)
+    assert data.BUILT_IN["glyphs"] == (data.make_glyphs, 20_000, 2_000)
 
 
 def test_a_second_canvas_of_leaves_is_another_one():
@@ -1049,52 +1056,76 @@ def test_a_second_canvas_of_leaves_is_another_one():
 def test_the_mean_of_the_glyphs_with_a_label_looks_like_that_digit():
     images, labels = data.make_glyphs(900, seed=1)
     close(np.bincount(labels) / 900, [0.1] * 10, 0.04)
-    means = [images[labels == digit].double().mean(0).numpy().ravel() for digit in range(10)]
-    upright = [Image.new("L", (28, 28)) for _ in range(10)]
     font = ImageFont.load_default(24)
-    for digit, image in enumerate(upright):
+    means, upright = [], []
+    for digit in range(10):
+        mean = images[labels == digit].double().mean(0)
+        means.append(mean.flatten().tolist())
+        image = Image.new("L", (28, 28))
         ImageDraw.Draw(image).text((14, 14), str(digit), 255, font, anchor="mm")
-    like = np.corrcoef(means, np.stack(upright).reshape(10, -1))[:10, 10:]
+        upright.append(np.ravel(image))
+    like = np.corrcoef(means, upright)[:10, 10:]
     assert (like.argmax(1) == np.arange(10)).sum() >= 8, like.argmax(1)
 
 
 def test_glyphs_vary_in_place_size_stroke_and_angle():
     with spied(ImageDraw.ImageDraw, "text") as texts, spied(Image.Image, "rotate") as turns:
         _, labels = data.make_glyphs(600, seed=2)
-    places = np.array([given[1] for given, _ in texts])
-    close(np.array([places.min(0), places.max(0)]), [[11.5, 11.5], [16.5, 16.5]], 0.1)
-    close([f(given[1] for given, _ in turns) for f in (min, max)], [-20, 20], 0.5)
-    assert [given[2] for given, _ in texts] == [str(label.item()) for label in labels]
-    assert {given[4].size for given, _ in texts} == set(range(20, 31))
-    assert {options["stroke_width"] for _, options in texts} == {0, 0.5, 1}
+    places, digits, fonts, strokes = [], [], set(), set()
+    for (_, place, digit, _, font), options in texts:
+        places.append(place)
+        digits.append(int(digit))
+        fonts.add(font.size)
+        strokes.add(options["stroke_width"])
+    angles = [angle for (_, angle, _), _ in turns]
+    assert digits == labels.tolist()
+    close(np.min(places, axis=0), [11.5, 11.5], 0.1)
+    close(np.max(places, axis=0), [16.5, 16.5], 0.1)
+    close([min(angles), max(angles)], [-20, 20], 0.5)
+    assert fonts == set(range(20, 31)) and strokes == {0, 0.5, 1}
 
 
-def test_leaves_are_discs_of_the_stated_radii_and_colours_cut_into_tiles():
+def discs_of_leaves():
+    """The discs of one canvas, x, y, r (N,) in pixels and fill (N, 3), and its 1,024 images."""
     with spied(ImageDraw.ImageDraw, "ellipse") as drawn:
-        tiles = data.make_leaves(1024, seed=5)[0]  # 32 x 32 tiles of 32 x 32 pixels
-    boxes = np.array([given[1] for given, _ in drawn])
+        tiles, _ = data.make_leaves(1024, seed=5)
+    x0, y0, x1, y1 = np.array([box for (_, box), _ in drawn]).T / 2  # drawn at twice the size
+    assert np.allclose(y1 - y0, x1 - x0)  # circles
     fill = np.array([options["fill"] for _, options in drawn])
-    x0, y0, x1, y1 = boxes.T / 2  # it is drawn at twice the size
-    x, y, r = (x0 + x1) / 2, (y0 + y1) / 2, (x1 - x0) / 2
+    return (x0 + x1) / 2, (y0 + y1) / 2, (x1 - x0) / 2, fill, tiles.numpy()
+
+
+def test_leaves_are_discs_of_the_stated_radii_and_colours():
+    _, _, r, fill, _ = discs_of_leaves()
     u = np.sort((3**-2 - r**-2) / (3**-2 - 40**-2))  # the distribution function: uniform if r^-3
     assert abs(u - np.linspace(0, 1, len(u))).max() < 1.63 / len(u) ** 0.5  # Kolmogorov, 1 %
     close(u[[0, -1]], [0, 1], 0.001)
-    assert np.allclose(y1 - y0, x1 - x0) and 3.5 < (math.pi * r**2).sum() / 1104**2 < 6
+    area = (math.pi * r**2).sum()
+    assert 3.5 < area / 1104**2 < 6
     close(fill.mean(0), [122] * 3, 2)
-    close([fill.std(), (fill[:, 0] - fill[:, 2]).std()], [57, 30], 2)
-    for row, column in ((0, 0), (0, 1), (1, 1), (21, 28)):  # the last disc over a pixel is seen
-        px, py = np.meshgrid(np.arange(32) + 32 * column + 0.5, np.arange(32) + 32 * row + 0.5)
+    close(fill.std(), 57, 2)
+    close((fill[:, 0] - fill[:, 2]).std(), 30, 2)
+
+
+def test_of_leaves_the_last_disc_over_a_pixel_is_seen():
+    x, y, r, fill, tiles = discs_of_leaves()
+    for row, column in ((0, 0), (0, 1), (1, 1), (21, 28)):  # of 32 x 32 tiles of 32 x 32 pixels
+        px = np.arange(32) + 32 * column + 0.5
+        py = np.arange(32)[:, None] + 32 * row + 0.5
         near = np.nonzero(np.hypot(x - px.mean(), y - py.mean()) < r + 23)[0]
-        over = np.hypot(px[..., None] - x[near], py[..., None] - y[near]) < r[near]
-        top = fill[near[over.shape[2] - 1 - over[..., ::-1].argmax(2)]].transpose(2, 0, 1)
-        assert (tiles[32 * row + column].numpy() == top).mean() > 0.6
+        seen = np.zeros((32, 32, 3))
+        for i in near:
+            inside = np.hypot(px - x[i], py - y[i]) < r[i]
+            seen[inside] = fill[i]
+        same = tiles[32 * row + column] == seen.transpose(2, 0, 1)
+        assert same.mean() > 0.6
 
 
 def test_pictures_are_turned_upright():
     wide = bytes_((20, 32, 3))
     across = wide.transpose(1, 0, 2)
-    upright = {1: wide, 2: wide[:, ::-1], 3: wide[::-1, ::-1], 4: wide[::-1], 5: across,
-               6: across[:, ::-1], 7: across[::-1, ::-1], 8: across[::-1]}
+    upright = {1: wide, 2: wide[:, ::-1], 3: wide[::-1, ::-1], 4: wide[::-1],
+               5: across, 6: across[:, ::-1], 7: across[::-1, ::-1], 8: across[::-1]}
     with folder():
         for turn, right in upright.items():
             exif = Image.Exif()
@@ -1105,19 +1136,26 @@ def test_pictures_are_turned_upright():
 
 def test_pictures_of_every_kind_are_read():
     square = bytes_((32, 32, 3))
-    plain, grey = Image.fromarray(square), (square @ [0.299, 0.587, 0.114])[..., None]
+    plain = Image.fromarray(square)
+    grey = (square @ [0.299, 0.587, 0.114])[..., None]
     palette = plain.quantize(16)
     colours = np.reshape(palette.getpalette(), (-1, 3))[np.asarray(palette)]
     deep = np.arange(1024, dtype=np.uint16).reshape(32, 32) * 64
-    shades, black = np.dstack([deep / 257] * 3), np.dstack([deep > 32767] * 3) * 255
+    shades = np.dstack([deep / 257] * 3)
     sixteen = Image.fromarray(deep)
+    bits = deep > 32767
     with folder():
         for name, image, right in (
-                ("rgb.tif", plain, square), ("rgba.tif", plain.convert("RGBA"), square),
-                ("palette.tif", palette, colours), ("cmyk.tif", plain.convert("CMYK"), square),
-                ("grey.tif", plain, grey), ("grey.png", plain.convert("LA"), grey),
-                ("bits.png", Image.fromarray(deep > 32767), black), ("16.tif", sixteen, shades),
-                ("16.png", sixteen, shades), ("16.pgm", sixteen, shades),
+                ("rgb.tif", plain, square),
+                ("rgba.tif", plain.convert("RGBA"), square),
+                ("cmyk.tif", plain.convert("CMYK"), square),
+                ("palette.tif", palette, colours),
+                ("grey.tif", plain, grey),
+                ("grey.png", plain.convert("LA"), grey),
+                ("bits.png", Image.fromarray(bits), np.dstack([bits * 255] * 3)),
+                ("16.tif", sixteen, shades),
+                ("16.png", sixteen, shades),
+                ("16.pgm", sixteen, shades),
                 ("32.tif", Image.fromarray(deep.astype(np.int32)), shades)):
             image.save(name)
             got = data.square_picture(data.open_picture(name), right.shape[2], 32)
@@ -1125,15 +1163,21 @@ def test_pictures_of_every_kind_are_read():
 
 
 def test_a_picture_is_reduced_to_its_middle_square():
-    stripes = np.repeat(np.arange(3, dtype=np.uint8) * 100, 32)[None].repeat(32, 0)
-    for side in (stripes, stripes.T):  # the middle is 100
-        close(data.square_picture(Image.fromarray(side), 1, 32)[:, 4:-4, 4:-4], 100, 0)
+    stripes = np.repeat(np.uint8([0, 100, 200]), 32)[None].repeat(32, 0)
+    for picture in (stripes, stripes.T):
+        got = data.square_picture(Image.fromarray(picture), 1, 32)
+        close(got[:, 4:-4, 4:-4], 100, 0)
     fine = Image.fromarray(bytes_((256, 256)))
-    assert data.square_picture(fine, 1, 32).float().std() < 20  # averaged; if picked: 74
+    small = data.square_picture(fine, 1, 32)
+    assert small.float().std() < 20  # averaged; if picked: 74
+
+
+def test_a_square_of_a_picture_of_any_size():
     for mode in ("RGB", "L", "RGBA", "P", "I;16"):
         for size in ((1, 1), (20_000, 3), (3, 20_000), (33, 31)):
             small = data.square_picture(Image.new(mode, size), 3, 8)
-            assert small.shape == (3, 8, 8) and small.dtype == torch.uint8
+            assert small.shape == (3, 8, 8)
+            assert small.dtype == torch.uint8
 
 
 def test_what_is_no_picture_is_refused_by_name():
@@ -1184,103 +1228,133 @@ def test_a_folder_needs_20_pictures():
 
 
 def test_the_two_ranges_of_values():
-    levels, unit = torch.arange(256, dtype=torch.uint8), torch.linspace(0, 1, 256)
-    close(data.to_signed(levels), torch.linspace(-1, 1, 256), 1e-6)
-    close(data.to_signed(unit), torch.linspace(-1, 1, 256), 1e-6)
-    close(data.to_unit(torch.linspace(-1, 1, 256)), unit, 1e-6)
-    assert data.to_signed(levels).dtype == data.to_unit(unit).dtype == torch.float32
-    assert torch.equal((data.to_unit(data.to_signed(levels)) * 255).round().byte(), levels)
+    levels = torch.arange(256, dtype=torch.uint8)
+    unit = torch.linspace(0, 1, 256)
+    signed = torch.linspace(-1, 1, 256)
+    close(data.to_signed(levels), signed, 1e-6)
+    close(data.to_signed(unit), signed, 1e-6)
+    close(data.to_unit(signed), unit, 1e-6)
+    assert data.to_signed(levels).dtype == torch.float32
 
 
 def test_sparse_split_against_numpy():
-    images, order = torch.from_numpy(bytes_((40, 3, 6, 9))), torch.rand(40, 54, generator=seeded())
-    s, ranks = data.sparse_split(images, 0.25, 0.4, order=order), order.numpy().argsort(1)
-    plain = images.numpy().reshape(40, 3, 54) / 127.5 - 1
-    for side, index in (("input", ranks[:, :13]), ("output", ranks[:, 13:34])):
-        assert np.array_equal(s[f"{side}_indices"], index)
-        close(s[f"{side}_coords"], np.stack([index % 9 / 8, index // 9 / 5], -1), 1e-6)
-        values = np.take_along_axis(plain, index[:, None], 2).transpose(0, 2, 1)
-        close(s[f"{side}_values"], values, 1e-6)
-        assert s[f"{side}_values"].dtype == s[f"{side}_coords"].dtype == torch.float32
-    close(s["full_image"].flatten(2), plain, 1e-6)
+    images = torch.from_numpy(bytes_((40, 3, 6, 9)))
+    order = torch.rand(40, 54, generator=seeded())
+    split = data.sparse_split(images, 0.25, 0.4, order=order)
+    pixels = images.numpy().reshape(40, 3, 54) / 127.5 - 1
+    close(split["full_image"].flatten(2), pixels, 1e-6)
+    ranks = order.numpy().argsort(1)
+    for name, index in (("input", ranks[:, :13]), ("output", ranks[:, 13:34])):
+        coords, values = split[f"{name}_coords"], split[f"{name}_values"]
+        assert np.array_equal(split[f"{name}_indices"], index)
+        close(coords[..., 0], index % 9 / 8, 1e-6)
+        close(coords[..., 1], index // 9 / 5, 1e-6)
+        close(values.mT, np.take_along_axis(pixels, index[:, None], 2), 1e-6)
+        assert values.dtype == coords.dtype == torch.float32
 
 
 def test_sparse_split_draws_pixels_with_its_generator():
     images = torch.rand(60, 1, 32, 32, generator=seeded()) * 2 - 1
-    a, b, c = (data.sparse_split(images, generator=seeded(seed)) for seed in (1, 1, 2))
-    assert torch.equal(a["full_image"], images) and a["input_coords"].shape == (60, 204, 2)
-    assert torch.equal(a["output_indices"], b["output_indices"])
-    assert not torch.equal(a["input_indices"], c["input_indices"])
-    chosen = torch.cat([a["input_indices"], a["output_indices"]], 1)
-    assert all(len(set(row)) == 408 for row in chosen.tolist())  # never the same pixel twice
-    assert data.sparse_split(images, 0.2, None)["output_indices"].shape == (60, 820)
+    split, again, other = (data.sparse_split(images, generator=seeded(i)) for i in (1, 1, 2))
+    assert torch.equal(split["full_image"], images)
+    assert torch.equal(split["output_indices"], again["output_indices"])
+    assert not torch.equal(split["input_indices"], other["input_indices"])
+    assert split["input_coords"].shape == (60, 204, 2)
+    chosen = torch.cat([split["input_indices"], split["output_indices"]], 1)
+    for row in chosen.tolist():
+        assert len(set(row)) == 408  # never the same pixel twice
+    split = data.sparse_split(images, 0.2, None)
+    assert split["output_indices"].shape == (60, 820)
 
 
 def test_sparse_split_of_narrow_images_and_of_equal_orders():
     for shape in ((1, 1, 1, 5), (1, 1, 5, 1)):
         split = data.sparse_split(torch.rand(shape), 0.4, None, order=torch.zeros(1, 5))
         assert split["input_indices"].tolist() == [[0, 1]]  # of equal ones the first
-        along = torch.cat([split["input_coords"], split["output_coords"]], 1).sum(2)
-        close(along, [[0, 0.25, 0.5, 0.75, 1]], 1e-6)
+        coords = torch.cat([split["input_coords"], split["output_coords"]], 1)
+        close(coords.sum(2), [[0, 0.25, 0.5, 0.75, 1]], 1e-6)
 
 
 def test_ratios_that_take_no_pixel_or_too_many_are_refused():
     images = torch.zeros(1, 1, 6, 9)
-    for ratios in ((0, 0.2), (0.2, 0), (0.6, 0.5), (-0.1, 0.2), (0.0001, 0.2), (0.2, 1.1), (1, 0),
-                   (math.nan, 0.2), (0.2, math.inf), (1, None), (0.2, 0.0001)):
+    for ratios in (
+            (0, 0.2), (0.2, 0), (0.6, 0.5), (-0.1, 0.2), (0.0001, 0.2), (0.2, 0.0001),
+            (0.2, 1.1), (1, 0), (1, None), (math.nan, 0.2), (0.2, math.inf)):
         raises(ValueError, lambda: data.sparse_split(images, *ratios), *ratios)
-    assert data.sparse_split(images, 0.5, 0.5)["output_indices"].shape == (1, 27)
+    split = data.sparse_split(images, 0.5, 0.5)
+    assert split["output_indices"].shape == (1, 27)
 
 
 def test_fixed_order_is_a_function_of_seed_image_and_pixel():
     for seed in (0, 1, 2**32 - 1):
-        rows = [np.random.default_rng((seed, image)).random(784) for image in (299, 0, 7)]
         order = data.fixed_order(seed, torch.tensor([299, 0, 7]), 784)
-        close(order, np.stack(rows), 1e-7)
         assert order.dtype == torch.float32
+        for row, image in zip(order, (299, 0, 7)):
+            rng = np.random.default_rng((seed, image))
+            close(row, rng.random(784), 1e-7)
 
 
 def test_a_red_pixel_stays_in_its_row_and_column():
     image = torch.zeros(1, 3, 5, 7)
-    image[0, 2], image[0, :, 1, 4] = 1, torch.tensor([1.0, 0, 0])  # red in row 1, column 4
-    s = data.sparse_split(image, 0.5, None, generator=seeded())
-    part = sample.assemble(s)
-    assert torch.equal(sample.assemble(s, s["output_values"]), image)
+    image[0, 2] = 1
+    image[0, :, 1, 4] = torch.tensor([1.0, 0, 0])  # red in row 1, column 4
+    split = data.sparse_split(image, 0.5, None, generator=seeded())
+    part = sample.assemble(split)
     assert (part != 0).any(1).sum() == 17  # of 35; the others are grey, 0
-    green, grey = torch.tensor([-3.0, 9, 0])[:, None, None].repeat(1, 5, 7), image[0, :1] * 0 + 0.5
+    assert torch.equal(sample.assemble(split, split["output_values"]), image)
+
+
+def box(picture, colour):
+    """Where a picture has this colour: the columns and rows [left, top, right, bottom]."""
+    rows, columns = np.nonzero((pixels_of(picture) == colour).all(2))
+    return np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+
+
+def test_a_grid_shows_each_image_in_its_place():
+    blue = torch.tensor([-3.0, 0, 9])[:, None, None].repeat(1, 5, 7)  # beyond [0, 1]
+    blue[:, 1, 4] = torch.tensor([1.0, 0, 0])  # a red pixel
+    green = torch.tensor([0.0, 1, 0])[:, None, None].expand(3, 5, 7)
+    grey = torch.full((1, 5, 7), 0.5)
     labels = dict(column_labels="ab", row_labels=["one", "two"], captions=[["x", "y"]] * 2)
-    for more in ({}, labels):
-        grid = np.asarray(data.image_grid([[image[0], green], [grey, image[0]]], zoom=3, **more))
-        where = lambda *rgb: [(i.min(), i.max() + 1) for i in np.nonzero((grid == rgb).all(-1))]
-        (top, bottom), (left, right) = where(0, 0, 255)  # of the whole grid
-        assert where(255, 0, 0) == [(top + 3, bottom - 15 + 6), (left + 12, right - 21 + 15)]
-        assert where(0, 255, 0) == [(top, top + 15), (right - 21, right)]
-        assert (grid[bottom - 15:bottom, left:left + 21] == 128).all() and left + 42 <= right
+    for options in ({}, labels):
+        grid = data.image_grid([[blue, green], [grey, blue]], zoom=3, **options)
+        left, top, right, bottom = box(grid, (0, 0, 255))  # of both blue images
+        assert left + 42 <= right and top + 30 <= bottom
+        close(box(grid, (255, 0, 0)), [left + 12, top + 3, right - 21 + 15, bottom - 15 + 6], 0)
+        close(box(grid, (0, 255, 0)), [right - 21, top, right, top + 15], 0)
+        assert (pixels_of(grid)[bottom - 15:bottom, left:left + 21] == 128).all()
 
 
 def test_labels_and_captions_stand_beside_what_they_name():
     red, green, blue = torch.eye(3)[:, :, None, None].expand(3, 3, 8, 9)  # 32 x 36 at zoom 4
-    rows, captions = [[red, green], [blue]], [["of red", "of green"], ["of blue"]]
-    names = ["column 1", "column 2"], ["a long name of row 1", "row 2"]
+    columns = ["column 1", "column 2"]
+    rows = ["a long name of row 1", "row 2"]
+    captions = [["of red", "of green"], ["of blue"]]
     with spied(ImageDraw.ImageDraw, "text") as texts:
-        grid = pixels_of(data.image_grid(rows, *names, captions))
-    at = {given[2]: np.array(given[1]) for given, _ in texts}
-    centres = [np.argwhere((grid == colour).all(2)).mean(0)[::-1] + 0.5
-               for colour in (255 * np.eye(3)).tolist()]
-    for centre, text in zip(centres, ("of red", "of green", "of blue")):
-        close(at[text] - centre, [0, 16 + 2], 0.01)
-    assert [at[name][0] for name in names[0]] == [centres[0][0], centres[1][0]]
-    assert [at[name][1] for name in names[1]] == [centres[0][1], centres[2][1]]
-    assert all(at[name][1] + 13 < centres[0][1] - 16 for name in names[0])
-    longest = ImageFont.load_default(13).getlength(names[1][0])
-    assert at[names[1][0]][0] + longest < centres[0][0] - 18
+        grid = data.image_grid([[red, green], [blue]], columns, rows, captions)
+    at = {given[2]: given[1] for given, _ in texts}
+    boxes = [box(grid, colour) for colour in ((255, 0, 0), (0, 255, 0), (0, 0, 255))]
+    for (left, top, right, bottom), caption in zip(boxes, ("of red", "of green", "of blue")):
+        assert (right - left, bottom - top) == (36, 32)
+        close(at[caption], [(left + right) / 2, bottom + 2], 0)
+    for (left, top, right, _), column in zip(boxes, columns):
+        x, y = at[column]
+        assert x == (left + right) / 2 and y + 13 < top
+    font = ImageFont.load_default(13)
+    for (left, top, _, bottom), row in zip(boxes[::2], rows):
+        x, y = at[row]
+        assert y == (top + bottom) / 2 and x + font.getlength(row) < left
 
 
 def test_heat_is_black_red_yellow_white():
-    error = torch.tensor([0, 1 / 6, -1 / 3, 0.5, -0.75, 1 / 12])[None, None]  # of the limit 0.5
-    right = torch.tensor([[0, 1, 1, 1, 1, 0.5], [0, 0, 1, 1, 1, 0], [0, 0, 0, 1, 1, 0]])[:, None]
-    close(data.heat(error), right, 1e-6)
-    close(data.heat(torch.cat([2 * error, -4 * error, 0 * error]), limit=1.0), right, 1e-6)
+    error = torch.tensor([0, 1 / 6, -1 / 3, 0.5, -0.75, 1 / 12])  # of the limit 0.5
+    red = [0, 1, 1, 1, 1, 0.5]
+    green = [0, 0, 1, 1, 1, 0]
+    blue = [0, 0, 0, 1, 1, 0]
+    colours = torch.tensor([red, green, blue])[:, None]
+    close(data.heat(error.view(1, 1, 6)), colours, 1e-6)
+    channels = torch.stack([2 * error, -4 * error, 0 * error])[:, None]
+    close(data.heat(channels, limit=1.0), colours, 1e-6)
 
 
 BLUE, ORANGE = (31, 111, 180), (209, 72, 31)  # the colours of the first two curves
@@ -1288,58 +1362,71 @@ BLUE, ORANGE = (31, 111, 180), (209, 72, 31)  # the colours of the first two cur
 
 def curve_rows(chart, colour):
     """The row of a curve of this colour at the left edge, the middle and the right edge."""
-    rows, columns = np.nonzero((pixels_of(chart)[30:] == colour).all(2))
-    return [30 + rows[columns == column].mean() for column in (64, 249, 432)]
+    rows, columns = np.nonzero((pixels_of(chart) == colour).all(2))
+    below_labels = rows > 25
+    return [rows[below_labels & (columns == column)].mean() for column in (64, 249, 432)]
 
 
 def test_a_chart_is_not_upside_down():
-    rising, falling = ([0, 50, 100], [0, 2, 10]), ([0, 50, 100], [10, 8, 0])
+    rising = [0, 50, 100], [0, 2, 10]
+    falling = [0, 50, 100], [10, 8, 0]
     chart = data.line_chart("a title", {"up": rising, "down": falling})
-    (bottom, low, top), (first, high, last) = (curve_rows(chart, c) for c in (BLUE, ORANGE))
-    close([first, last], [top, bottom], 5)
-    height = bottom - top
+    first, middle, last = curve_rows(chart, BLUE)
+    height = first - last
     assert height > 200
-    close([bottom - low, bottom - high], [0.2 * height, 0.8 * height], 5)
-    half = data.line_chart("", {"up": ([50, 100], [5, 10]), "all": rising})  # begins halfway
-    assert np.nonzero((pixels_of(half)[30:] == BLUE).all(2))[1].min() > 240
+    close(first - middle, 0.2 * height, 5)
+    down_first, down_middle, down_last = curve_rows(chart, ORANGE)
+    close([down_first, down_last], [last, first], 5)
+    close(down_last - down_middle, 0.8 * height, 5)
+
+
+def test_all_curves_of_a_chart_share_its_axes():
+    chart = data.line_chart("", {"": ([50, 100], [0, 5]), "long": ([0, 100], [0, 10])})
+    left, top, _, _ = box(chart, BLUE)
+    assert 240 < left < 260 and 150 < top < 170  # from the middle, and half as high
 
 
 def axes(xs, ys):
-    """Draw a curve; {place: number as text} along the horizontal and the vertical axis."""
+    """Draw a curve; {place: number} along the horizontal and the vertical axis."""
     with spied(ImageDraw.ImageDraw, "text") as texts:
         data.line_chart("", {"": (xs, ys)})
-    places = [(*given[1], given[2]) for given, _ in texts if given[2]]
-    return ({x: number for x, y, number in places if y > 290},
-            {y: number for x, y, number in places if x < 60})
+    across, up = {}, {}
+    for (_, (x, y), text, *_), _ in texts:
+        if y > 290 and text:
+            across[x] = float(text)
+        elif x < 60:
+            up[y] = float(text)
+    return across, up
 
 
 def test_the_numbers_on_the_axes_are_where_they_say():
-    chart = data.line_chart("", {"": (range(5), range(5))})
+    chart = pixels_of(data.line_chart("", {"": (range(5), range(5))}))
     across, up = axes(range(5), range(5))
-    for numbers in (across, up):
-        assert [float(text) for text in numbers.values()] == [0, 1, 2, 3, 4]
+    assert list(across.values()) == list(up.values()) == [0, 1, 2, 3, 4]
     for x, y in zip(across, up):  # the curve meets both
-        assert (pixels_of(chart)[int(y) - 1:int(y) + 2, int(x)] == BLUE).all(1).any()
+        near = chart[int(y) - 1:int(y) + 2, int(x)]
+        assert (near == BLUE).all(1).any()
 
 
 def test_the_numbers_on_an_axis_are_right_and_distinct():
     for low, high in ((20.9, 21), (0, 1), (70, 7000), (-0.3, 0.1), (-1e-4, 1e-4), (1e5, 1e5 + 1)):
         across, up = axes([low, high], [2 * high, 2 * low])
-        for numbers, scale in ((across, 1), (up, 2)):
-            values = [float(text) / scale for text in numbers.values()]
-            close(values, np.linspace(low, high, 5), 0.02 * (high - low))
+        right = np.linspace(low, high, 5)
+        close(list(across.values()), right, 0.02 * (high - low))
+        close(list(up.values()), 2 * right, 0.04 * (high - low))
     across, up = axes([3], [7])  # a single point
-    assert [float(text) for text in up.values()] == [7, 7.25, 7.5, 7.75, 8]
+    assert list(up.values()) == [7, 7.25, 7.5, 7.75, 8]
 
 
 def test_the_labels_of_curves_have_their_colours():
     with spied(ImageDraw.ImageDraw, "text") as texts:
         chart = data.line_chart("a title", {"one": ([0, 1], [0, 0]), "two": ([0, 1], [1, 1])})
-    where = {given[2]: given[1] for given, _ in texts}
-    assert where["a title"][0] < where["two"][0] - 50 < where["one"][0] - 100
+    at = {given[2]: given[1] for given, _ in texts}
+    assert at["a title"][0] < at["two"][0] - 50 < at["one"][0] - 100
     for label, colour in (("one", BLUE), ("two", ORANGE)):
-        x, y = map(int, where[label])  # the right end of its text
-        assert (pixels_of(chart)[y:y + 14, x - 20:x] == colour).all(2).any()
+        x, y = at[label]  # the right end of its text
+        text = pixels_of(chart)[y:y + 14, x - 20:x]
+        assert (text == colour).all(2).any()
     assert curve_rows(chart, BLUE)[1] > curve_rows(chart, ORANGE)[1] + 200
 
 
@@ -1376,11 +1463,12 @@ def test_transparent_pixels_are_missing_and_so_are_white_ones_of_a_mask():
         save_png("mask.png", np.where(hole, 128, 127))
         save_png("half.png", photo, 255 - hole * left)
         save_png("bar.png", bar)
-        for names, missing in ((("holes.png", None), hole > 0), (("photo.png", "mask.png"), hole > 0),
-                               (("half.png", "mask.png"), hole > 0),
-                               (("holes.png", "bar.png"), (hole > 0) | (bar > 0))):
-            image, given, has_truth = data.load_picture(names[0], 3, names[1])
-            assert not has_truth and np.array_equal(given, ~missing), names
+        for name, mask, missing in (("holes.png", None, hole > 0),
+                                    ("photo.png", "mask.png", hole > 0),
+                                    ("half.png", "mask.png", hole > 0),
+                                    ("holes.png", "bar.png", (hole > 0) | (bar > 0))):
+            image, given, has_truth = data.load_picture(name, 3, mask)
+            assert not has_truth and np.array_equal(given, ~missing), name
             assert np.array_equal(image[:, given], photo[~missing].T)
 
 
