@@ -2044,28 +2044,45 @@ def recorded_models():
         yield models
 
 
-def test_autoencoder_layers_and_first_output():
+def test_the_autoencoder_is_six_matrix_products():
+    model, x = autoencoder.DenoisingAutoencoder(), torch.rand(5, 1, 28, 28)
+    with torch.no_grad():
+        reconstructed, latent = model(x)
+        decoded = model.decode(model.encode(x))
+    assert reconstructed.shape == x.shape
+    assert latent.shape == (5, 64)
+    assert torch.equal(decoded, reconstructed.flatten(1))
+    layers = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
+    assert [len(layer.weight) for layer in layers] == [256, 128, 64, 128, 256, 784]
+    expected = x.flatten(1).double()
+    for i, layer in enumerate(layers):
+        expected = expected @ layer.weight.detach().double().T + layer.bias.detach()
+        if i == 5:
+            expected = expected.sigmoid()
+        elif i != 2:  # the latent layer has no ReLU
+            expected = expected.relu()
+    close(reconstructed.flatten(1), expected, 1e-5)
+    raises(ValueError, lambda: model(torch.rand(2, 3, 32, 32)), 784)
+
+
+def test_the_untrained_output_is_the_mean_image():
     torch.manual_seed(0)
     images, model = glyphs(300)[0], autoencoder.DenoisingAutoencoder()
-    x, mean = torch.rand(5, 1, 28, 28), images.mean(0)
+    mean = images.mean(0)
     with torch.no_grad():
         before = (model(images)[0] - mean).abs().mean()
         model.init_output_bias(images)
-        assert (model(images)[0] - mean).abs().mean() < 0.35 * before
-        close(model(0 * images[:1])[0][0], mean.clamp(0.01, 0.99), 1e-5)
-        # He's weights keep the variance; with torch's own it would be 1/36 after two ReLUs
-        hidden = model.encoder[:4](torch.randn(4000, 784)).square().mean()
-        assert 0.7 < hidden < 1.4, hidden
-        reconstructed, latent = model(x)
-    assert reconstructed.shape == x.shape and latent.shape == (5, 64)
-    assert torch.equal(model.decode(model.encode(x)), reconstructed.flatten(1))
-    flat, weights = x.flatten(1).double(), [p.detach().double() for p in model.parameters()]
-    assert [len(w) for w in weights[::2]] == [256, 128, 64, 128, 256, 784]
-    for i in range(0, 12, 2):
-        flat = flat @ weights[i].T + weights[i + 1]
-        flat = flat.sigmoid() if i == 10 else flat.relu() if i != 4 else flat
-    close(reconstructed.flatten(1), flat, 1e-5)
-    raises(ValueError, lambda: model(torch.rand(2, 3, 32, 32)), 784)
+        after = (model(images)[0] - mean).abs().mean()
+        first = model(0 * images[:1])[0][0]
+    assert after < 0.35 * before
+    close(first, mean.clamp(0.01, 0.99), 1e-5)
+
+
+def test_initial_weights_keep_the_mean_square():
+    torch.manual_seed(0)
+    model = autoencoder.DenoisingAutoencoder()
+    hidden = model.encoder[:4](torch.randn(4000, 784)).square().mean()
+    assert 0.7 < hidden < 1.4, hidden  # with torch's own weights 1/36, after two ReLUs
 
 
 def test_every_corruption_does_what_its_label_says():
@@ -2105,13 +2122,20 @@ def test_the_loss_is_against_the_clean_images():
 def test_a_denoiser_beats_its_control_on_noise_and_loses_on_clean_images():
     images, test = glyphs()[0].split([384, 128])
     noisy = lab_corruption("gaussian 0.5", test)
-    models, said = quiet(autoencoder.train_models, ["gaussian 0.5", "clean"], images, 0, 40, 128)
+    labels = ["gaussian 0.5", "clean"]
+    models, said = quiet(autoencoder.train_models, labels, images, 0, 40, 128)
     dae, ae = models["gaussian 0.5"], models["clean"]
-    mse = lambda model, x: F.mse_loss(model(x)[0], test).item()
+
+    def mse(model, x):
+        return F.mse_loss(model(x)[0], test).item()
+
     constant = F.mse_loss(images.mean(0).expand_as(test), test).item()
-    assert mse(dae, noisy) < 0.9 * mse(ae, noisy) and mse(dae, noisy) < constant
-    assert mse(ae, test) < mse(dae, test) and said.count("trained on") == 2
-    assert not dae.training and not any(p.requires_grad for p in dae.parameters())
+    assert mse(dae, noisy) < 0.9 * mse(ae, noisy)
+    assert mse(dae, noisy) < constant
+    assert mse(ae, test) < mse(dae, test)
+    assert said.count("trained on") == 2
+    assert not dae.training
+    assert not any(p.requires_grad for p in dae.parameters())
 
 
 def test_a_training_that_diverges_says_so():
@@ -2156,14 +2180,14 @@ def test_the_plain_loop_trains_what_train_py_trains():
 
 
 def test_fewer_images_than_a_batch():
-    images, models = glyphs(300)[0], []
-    for batch_size in (300, 512):
+    """300 images with the defaults: 10 epochs, batches of 512, learning rate 0.006, seed 0."""
+    images, weights = glyphs(300)[0], []
+    for arguments in ((), (10, 300, 0.006, 0)):
         torch.manual_seed(0)
         model = autoencoder.DenoisingAutoencoder()
-        size = {} if batch_size == 512 else dict(batch_size=300)  # 512 is the default
-        quiet(functools.partial(autoencoder.train_autoencoder, model, images, torch.sqrt, 3, **size))
-        models.append(model)
-    equal(models[0].state_dict(), models[1].state_dict())
+        quiet(autoencoder.train_autoencoder, model, images, torch.sqrt, *arguments)
+        weights.append(model.state_dict())
+    equal(*weights)
 
 
 ALONE = """
@@ -2259,15 +2283,24 @@ def test_markdown_has_means_and_deviations_over_seeds():
 
 
 def test_linear_classifier_is_the_minimum_of_its_objective():
-    g = seeded()
-    x, y = torch.randn(60, 5, generator=g) + 3, torch.randint(3, (60,), generator=g)
-    z = ((x - x.mean(0)) / x.var(0).mean().sqrt()).double().numpy()
-    A = np.vstack([np.column_stack([z, np.ones(60)]), math.sqrt(0.1 * 60) * np.eye(6)])
-    w = np.linalg.lstsq(A, np.vstack([np.eye(3)[y], np.zeros((6, 3))]), rcond=None)[0]
-    test = torch.randn(500, 5, generator=g) + 3
-    logits = np.column_stack([(test - x.mean(0)) / x.var(0).mean().sqrt(), np.ones(500)]) @ w
+    """Ridge regression as least squares with six more rows, in numpy."""
+    generator = seeded()
+    x = torch.randn(60, 5, generator=generator) + 3
+    y = torch.randint(3, (60,), generator=generator)
+    test = torch.randn(500, 5, generator=generator) + 3
+    mean, scale = x.mean(0), x.var(0).mean().sqrt()
+
+    def add_one(x):
+        z = ((x - mean) / scale).double().numpy()
+        return np.column_stack([z, np.ones(len(z))])
+
+    penalty = math.sqrt(0.1 * 60) * np.eye(6)
+    A = np.vstack([add_one(x), penalty])
+    one_hot = np.vstack([np.eye(3)[y], np.zeros((6, 3))])
+    w = np.linalg.lstsq(A, one_hot, rcond=None)[0]
+    expected = (add_one(test) @ w).argmax(1)
     found = autoencoder.linear_classifier(x, y, 3)(test).numpy()
-    assert (found == logits.argmax(1)).mean() > 0.99
+    assert (found == expected).mean() > 0.99
 
 
 def test_features_by_hand():
@@ -2295,12 +2328,13 @@ def test_features_by_hand():
 
 
 def test_mean_correlation_against_numpy():
-    z = torch.randn(200, 5, generator=seeded()) @ torch.randn(5, 5, generator=seeded(1))
+    mixing = torch.randn(5, 5, generator=seeded(1))
+    z = torch.randn(200, 5, generator=seeded()) @ mixing
     r = np.abs(np.corrcoef(z.numpy().T))
     expected = r[~np.eye(5, dtype=bool)].mean()
     close(autoencoder.mean_correlation(z), expected, 1e-5)
-    constant = torch.ones(200, 1)
-    close(autoencoder.mean_correlation(torch.cat([z, constant], 1)), expected, 1e-5)
+    with_constant = torch.cat([z, torch.ones(200, 1)], 1)
+    close(autoencoder.mean_correlation(with_constant), expected, 1e-5)
 
 
 def test_filters_are_those_of_the_most_active_units():
