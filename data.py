@@ -38,7 +38,7 @@ def load_cifar10(root, train):
     # A record has 3,073 bytes: the label, then all red values, all green, all blue, each plane
     # row by row from the top. That is already the order (channel, row, column) of a tensor.
     records = read_cifar10_records(root, names)  # (N, 3073)
-    labels = records[:, 0].clone()
+    labels = records[:, 0]
     images = records[:, 1:].reshape(-1, 3, 32, 32)
     return images, labels
 

@@ -1109,6 +1109,7 @@ def test_leaves_are_discs_of_the_stated_radii_and_colours():
 
 def test_of_leaves_the_last_disc_over_a_pixel_is_seen():
     x, y, r, fill, tiles = discs_of_leaves()
+    shares = []
     for row, column in ((0, 0), (0, 1), (1, 1), (21, 28)):  # of 32 x 32 tiles of 32 x 32 pixels
         px = np.arange(32) + 32 * column + 0.5
         py = np.arange(32)[:, None] + 32 * row + 0.5
@@ -1118,7 +1119,8 @@ def test_of_leaves_the_last_disc_over_a_pixel_is_seen():
             inside = np.hypot(px - x[i], py - y[i]) < r[i]
             seen[inside] = fill[i]
         same = tiles[32 * row + column] == seen.transpose(2, 0, 1)
-        assert same.mean() > 0.6
+        shares.append(same.mean())
+    assert min(shares) > 0.6 and np.mean(shares) < 0.9  # edges are smooth
 
 
 def test_pictures_are_turned_upright():
@@ -1195,7 +1197,7 @@ def test_what_is_no_picture_is_refused_by_name():
 def test_a_folder_of_pictures_is_split_by_their_names():
     names = [f"{'sub/' * (i % 2)}{i}.PNG" for i in range(199)]
     names += [os.fsdecode("ä".encode() + b"\xff.png")]  # no UTF-8
-    keys = [zlib.crc32(os.fsencode(name)) for name in names]
+    keys = [zlib.crc32(name.encode(errors="surrogateescape")) for name in names]
     in_test = sorted(sorted(range(200), key=keys.__getitem__)[:20])
     in_training = sorted(set(range(200)) - set(in_test))
     with folder():
@@ -1386,6 +1388,11 @@ def test_all_curves_of_a_chart_share_its_axes():
     assert 240 < left < 260 and 150 < top < 170  # from the middle, and half as high
 
 
+def test_a_curve_of_one_point_is_a_dot():
+    chart = pixels_of(data.line_chart("", {"": ([3], [7])}))
+    assert 20 < (chart == BLUE).all(2).sum() < 60
+
+
 def axes(xs, ys):
     """Draw a curve; {place: number} along the horizontal and the vertical axis."""
     with spied(ImageDraw.ImageDraw, "text") as texts:
@@ -1547,19 +1554,19 @@ def test_data_py_shows_images_and_their_sparse_pixels():
         assert "mnist: 64 test images (1, 28, 28)" in out and "there/data.png" in out
         ((rows, *_), options), = drawn
         picture = Path("there/data.png").read_bytes()
-        images = data.load_mnist("sets", False)[0][:8] / 255
+        images = data.load_mnist("sets", False)[0][:8]
         for flags, same in (("--seed 0", True), ("--seed 1", False)):
             works(data, f"--data mnist --data-dir sets {flags}")
             assert (Path("out/data.png").read_bytes() == picture) == same
         assert "glyphs: 2,000" in works(data, "--data glyphs")
     assert options["row_labels"] == ["image", "input", "output"]
     whole, *parts = (torch.stack(row) for row in rows)
-    close(whole, images, 1e-6)
-    seen = [part != 0.5 for part in parts]  # the others are grey
-    for part, shown in zip(parts, seen):
-        close(part[shown], whole[shown], 1e-6)
-        assert shown.sum((1, 2, 3)).tolist() == [156] * 8
-    assert not (seen[0] & seen[1]).any()
+    close(whole, images / 255, 1e-6)
+    torch.manual_seed(0)
+    split = data.sparse_split(images)
+    for part, name in zip(parts, ("input", "output")):
+        mask = torch.zeros(8, 784).scatter(1, split[f"{name}_indices"], 1).view(8, 1, 28, 28)
+        close(part, torch.where(mask == 1, whole, 0.5), 1e-6)  # grey elsewhere
 
 
 def test_a_thousand_damaged_files():
