@@ -3099,7 +3099,7 @@ def test_bad_input_gets_one_line_and_an_exit_code():
 
 
 def test_the_readmes_commands_parse():
-    text, parse = (HERE / "README.md").read_text(), argparse.ArgumentParser.parse_args
+    text, parse = (HERE / "README.md").read_text("utf-8"), argparse.ArgumentParser.parse_args
     commands = re.findall(r"(?:python|torchrun[^\n`#|]*?) (\w+)\.py([^\n`#|&)]*)", text)
     assert len(commands) >= 10
 
@@ -3114,7 +3114,7 @@ def test_the_readmes_commands_parse():
 
 
 def test_the_readmes_code_blocks_run():
-    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text("utf-8"), re.DOTALL)
     field, denoiser = {}, {}
     exec(blocks[0], field)
     for values in (field["mean"], field["sample"]):
@@ -3131,6 +3131,8 @@ def test_the_readmes_code_blocks_run():
 
 
 def main():
+    if not __debug__:
+        sys.exit("error: python -O leaves every assert out: nothing would be tested")
     wanted = ([word for word in sys.argv[1:] if word != "--long"] or [""])[0]
     passed, failed, start = 0, 0, time.time()
     for name, test in list(globals().items()):
