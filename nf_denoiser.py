@@ -368,7 +368,7 @@ class NFDenoiser(nn.Module):
             # DDPM, eq. 4: x_t / sqrt(alpha_bar) = x_0 + noise of this variance
             noise_variance = (1 - alpha_bar) / alpha_bar
             if x_t is not None:
-                y_t = (x_t @ self.colours) / alpha_bar.sqrt() - mean
+                y_t = (x_t.to(x_in) @ self.colours) / alpha_bar.sqrt() - mean
             y_image, y_out, variance = self.prior(input_coords, y_in, output_coords, y_t,
                                                   noise_variance)
             # x_0 is known up to `unexplained` from its neighbours and up to noise_variance from
