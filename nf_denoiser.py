@@ -442,9 +442,13 @@ def ddim_sample(model, schedule, output_coords, input_coords, input_values, num_
     output_coords (B, N_out, 2), input_coords (B, N_in, 2), input_values (B, N_in, C) in [-1, 1].
     Returns (B, N_out, C), not clamped. Other arguments and errors are those of schedule.ddim.
     """
-    from schedule import ddim
-    x_T = standard_normal(output_coords, input_values, generator)
-    denoise = lambda x_t, t: model(x_t, output_coords, t, input_coords, input_values)
+    from schedule import ddim, normal_like
+
+    def denoise(x_t, t):
+        return model(x_t, output_coords, t, input_coords, input_values)
+
+    like = input_values[:, :1].expand(-1, output_coords.shape[1], -1)      # (B, N_out, C)
+    x_T = normal_like(like, generator)
     return ddim(denoise, schedule, x_T, num_steps, eta, generator, on_step)
 
 
@@ -505,17 +509,13 @@ class UNet(nn.Module):
 def ddpm_sample(model, schedule, output_coords, input_coords, input_values, generator=None,
                 on_step=None):
     """Like ddim_sample, by schedule.ddpm."""
-    from schedule import ddpm
-    x_T = standard_normal(output_coords, input_values, generator)
-    denoise = lambda x_t, t: model(x_t, output_coords, t, input_coords, input_values)
-    return ddpm(denoise, schedule, x_T, generator, on_step)
+    from schedule import ddpm, normal_like
 
+    def denoise(x_t, t):
+        return model(x_t, output_coords, t, input_coords, input_values)
 
-def standard_normal(coords, values, generator):
-    """N(0, 1) for each of coords (B, N, 2) and each channel of values (B, M, C): (B, N, C)."""
-    device = generator.device if generator else values.device
-    shape = *coords.shape[:2], values.shape[2]
-    return torch.randn(shape, generator=generator, device=device).to(values)
+    like = input_values[:, :1].expand(-1, output_coords.shape[1], -1)      # (B, N_out, C)
+    return ddpm(denoise, schedule, normal_like(like, generator), generator, on_step)
 
 
 def pixel_covariance(images):
