@@ -1608,10 +1608,10 @@ def tiny_field(parts=nf_denoiser.PARTS, channels=3, seed=0, **options):
 def random_problem(batch=2, n_in=30, n_out=20, channels=3, seed=0):
     """Arguments of NFDenoiser.forward: different pixels of a 32 x 32 grid, each t another."""
     g = seeded(seed)
-    pixels = torch.rand(batch, 1024, generator=g).argsort(1)
+    order = torch.rand(batch, 1024, generator=g).argsort(1)
+    pixels = order[:, :n_in + n_out]
     coords = torch.stack([pixels % 32, pixels // 32], -1) / 31
-    input_coords = coords[:, :n_in]
-    output_coords = coords[:, n_in:n_in + n_out]
+    input_coords, output_coords = coords.split([n_in, n_out], dim=1)
     x_t = torch.randn(batch, n_out, channels, generator=g)
     t = torch.randint(1000, (batch,), generator=g)
     input_values = torch.rand(batch, n_in, channels, generator=g) * 2 - 1
@@ -1778,7 +1778,8 @@ def block_by_hand(block, x, x_coords, context, context_coords, log_w=None):
 
 
 def perceiver_by_hand(net, inputs, input_coords, queries, query_coords, log_w):
-    inputs, queries = net.embed_inputs(inputs), net.embed_queries(queries)
+    inputs = net.embed_inputs(inputs)
+    queries = net.embed_queries(queries)
     context = net.encoder.norm_context(torch.cat([inputs, queries], 1))
     context_coords = torch.cat([input_coords, query_coords], 1)
     log_w = torch.cat([torch.zeros(2, 30), log_w.expand(2, 20)], 1)
@@ -1879,8 +1880,10 @@ def test_unet_written_out():
     def conv(layer, x, stride=1, padding=1):
         return F.conv2d(x, layer.weight, layer.bias, stride, padding)
 
-    def up(layer, x):  # 1 x 1, then each pixel becomes 2 x 2
-        return conv(layer, x.relu(), padding=0).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    def up(layer, x):
+        x = conv(layer, x.relu(), padding=0)  # 1 x 1
+        x = x.repeat_interleave(2, dim=2)
+        return x.repeat_interleave(2, dim=3)
 
     full = conv(net.first, x)
     full = full + conv(net.before[0], full.relu())
@@ -1965,11 +1968,14 @@ def test_off_the_grid_the_gaussian_field_is_read_bilinearly():
 
 
 def test_exponential_covariance_against_numpy():
-    x, y = np.meshgrid(np.arange(5) / 4, np.arange(5) / 4)
+    line = np.arange(5) / 4
+    x, y = np.meshgrid(line, line)
     x, y = x.ravel(), y.ravel()
     distance = np.hypot(x[:, None] - x, y[:, None] - y)
-    close(nf_denoiser.exponential_covariance(5), np.exp(-distance * 31 / 16), 1e-6)
-    close(nf_denoiser.exponential_covariance(5, length=2), np.exp(-distance / 2), 1e-6)
+    default = nf_denoiser.exponential_covariance(5)
+    close(default, np.exp(-distance * 31 / 16), 1e-6)
+    longer = nf_denoiser.exponential_covariance(5, length=2)
+    close(longer, np.exp(-distance / 2), 1e-6)
 
 
 def test_pixel_covariance_against_numpy():
