@@ -1703,10 +1703,10 @@ def tiny_field(parts=nf_denoiser.PARTS, channels=3, seed=0, **options):
 def random_problem(batch=2, n_in=30, n_out=20, channels=3, seed=0):
     """Arguments of NFDenoiser.forward: different pixels of a 32 x 32 grid, each t another."""
     g = seeded(seed)
-    pixels = torch.rand(batch, 1024, generator=g).argsort(1)
+    order = torch.rand(batch, 1024, generator=g).argsort(1)
+    pixels = order[:, :n_in + n_out]
     coords = torch.stack([pixels % 32, pixels // 32], -1) / 31
-    input_coords = coords[:, :n_in]
-    output_coords = coords[:, n_in:n_in + n_out]
+    input_coords, output_coords = coords.split([n_in, n_out], dim=1)
     x_t = torch.randn(batch, n_out, channels, generator=g)
     t = torch.randint(1000, (batch,), generator=g)
     input_values = torch.rand(batch, n_in, channels, generator=g) * 2 - 1
@@ -1715,11 +1715,17 @@ def random_problem(batch=2, n_in=30, n_out=20, channels=3, seed=0):
 
 def test_fourier_features_written_out():
     features = nf_denoiser.FourierFeatures(5)
-    angle = 2 * math.pi * (0.3 * features.B[0] + 0.9 * features.B[1])
+    x, y = 0.3, 0.9
+    angle = 2 * math.pi * (x * features.B[0] + y * features.B[1])
     expected = torch.cat([angle.sin(), angle.cos()])
-    close(features(torch.tensor([0.3, 0.9])), expected, 1e-5)
-    close(nf_denoiser.FourierFeatures(20_000).B.std(), 2, 0.05)  # cycles per image side
-    close(nf_denoiser.FourierFeatures(20_000, scale=7).B.std(), 7, 0.2)
+    close(features(torch.tensor([x, y])), expected, 1e-5)
+
+
+def test_fourier_frequencies_have_the_standard_deviation_asked_for():
+    default = nf_denoiser.FourierFeatures(20_000)
+    close(default.B.std(), 2, 0.05)  # cycles per image side
+    finer = nf_denoiser.FourierFeatures(20_000, scale=7)
+    close(finer.B.std(), 7, 0.2)
 
 
 def test_bf16_does_not_round_fourier_angles():
@@ -1731,118 +1737,116 @@ def test_bf16_does_not_round_fourier_angles():
 
 
 def test_time_embedding_written_out():
-    embedding = nf_denoiser.SinusoidalTimeEmbedding(8)(torch.tensor([0, 7]))
-    frequencies = np.array([1, 0.1, 0.01, 0.001])
-    close(embedding[0], [0, 0, 0, 0, 1, 1, 1, 1], 0)
-    close(embedding[1, :4], np.sin(7 * frequencies), 1e-6)
-    close(embedding[1, 4:], np.cos(7 * frequencies), 1e-6)
+    embed = nf_denoiser.SinusoidalTimeEmbedding(8)
+    angles = 7 * np.array([1, 0.1, 0.01, 0.001])
+    expected = np.concatenate([np.sin(angles), np.cos(angles)])
+    close(embed(torch.tensor([0, 7]))[1], expected, 1e-6)
     raises(ValueError, lambda: nf_denoiser.SinusoidalTimeEmbedding(7), 7)
 
 
-# Attention: y_i = sum_j w_ij v_j, where w_i is the softmax of logits
+# Attention: y_i = sum_j w_ij v_j, where the weights w_i of query i are a softmax over its logits
 
 
-def attention_by_hand(attention, x, context, logit):
-    """One query, one head, one key at a time; logit(head, i, j, q_i, k_j) is a number."""
-    project = lambda layer, z: layer(z).unflatten(1, (attention.num_heads, -1)).detach().numpy()
-    q = project(attention.to_q, x)  # (N, heads, d)
-    k = project(attention.to_k, context)
-    v = project(attention.to_v, context)
-    y = np.zeros(q.shape)
-    for i, head in np.ndindex(*q.shape[:2]):
-        logits = []
-        for j in range(len(k)):
-            logits.append(logit(head, i, j, q[i, head], k[j, head]))
-        weights = np.exp(logits)
-        weights = weights / weights.sum()
-        for j in range(len(k)):
-            y[i, head] += weights[j] * v[j, head]
-    return attention.to_out(torch.from_numpy(y).flatten(1))
-
-
-def as_rotated_complex_numbers(vector, place):
-    """Rotary embedding: half of the numbers turn with x, half with y, at growing wavelengths."""
-    real, imaginary = np.split(vector, 2)
-    wavelengths = np.geomspace(0.08, 1.3, len(real) // 2)
-    angles = 2 * np.pi * np.concatenate([place[0] / wavelengths, place[1] / wavelengths])
-    return (real + 1j * imaginary) * np.exp(1j * angles)
+def normal64(*shape):
+    return torch.randn(shape, dtype=torch.float64)
 
 
 def attention_problem(placed):
-    """Attention with two heads of 12 numbers, x (2, 5, 24), context (2, 7, 24) and log_w."""
+    """Two heads of 12 numbers; 5 vectors attend to 7."""
     torch.manual_seed(0)
-    attention = nf_denoiser.Attention(24, 2, placed).double()
-    x = torch.randn(2, 5, 24).double()
-    context = torch.randn(2, 7, 24).double()
-    log_w = -3 * torch.rand(2, 7).double()
-    return attention, x, context, log_w
+    attention = nf_denoiser.Attention(24, 2, placed)
+    attention.double().requires_grad_(False)
+    x, context = normal64(1, 5, 24), normal64(1, 7, 24)
+    x_coords = 0.3 + 0.03 * normal64(1, 5, 2)
+    context_coords = 0.3 + 0.03 * normal64(1, 7, 2)
+    return attention, x, context, x_coords, context_coords, normal64(1, 7)
+
+
+def attention_by_hand(attention, x, context, logit):
+    """One query, head and key at a time. logit(head, i, j, q_i, k_j) is a number."""
+    heads = attention.num_heads, -1
+    q = attention.to_q(x[0]).unflatten(1, heads)        # (N, heads, d)
+    k = attention.to_k(context[0]).unflatten(1, heads)  # (M, heads, d)
+    v = attention.to_v(context[0]).unflatten(1, heads)
+    y = torch.zeros_like(q)
+    for i, head in np.ndindex(*q.shape[:2]):
+        weights = []
+        for j in range(len(k)):
+            weight = math.exp(logit(head, i, j, q[i, head], k[j, head]))
+            weights.append(weight)
+        for j, weight in enumerate(weights):
+            y[i, head] += weight / sum(weights) * v[j, head]
+    return attention.to_out(y.flatten(1))[None]
 
 
 def test_attention_is_a_softmax_over_the_context():
-    attention, x, context, log_w = attention_problem(placed=False)
-    got = attention(x, context, log_w=log_w)
-    for b in range(2):
+    attention, x, context, _, _, log_w = attention_problem(placed=False)
 
-        def logit(head, i, j, q, k):
-            return q @ k / math.sqrt(12) + log_w[b, j].item()
+    def logit(head, i, j, q, k):
+        return q @ k / math.sqrt(12) + log_w[0, j]
 
-        close(got[b], attention_by_hand(attention, x[b], context[b], logit), 1e-12)
+    expected = attention_by_hand(attention, x, context, logit)
+    close(attention(x, context, log_w=log_w), expected, 1e-12)
+
+
+def rotated(vector, place):
+    """Rotary embedding: complex numbers that turn, one half with x and the other with y."""
+    real, imaginary = vector.chunk(2)
+    wavelengths = torch.from_numpy(np.geomspace(0.08, 1.3, 3))
+    angles = torch.outer(place, 2 * math.pi / wavelengths)
+    return (real + 1j * imaginary) * torch.exp(1j * angles.flatten())
 
 
 def test_logits_of_placed_attention_fall_with_squared_distance():
-    attention, x, context, log_w = attention_problem(placed=True)
-    attention.log_reach.data += 0.3  # as if learned
-    reach = attention.log_reach.exp().tolist()
-    x_coords = 0.3 + 0.1 * torch.rand(2, 5, 2).double()
-    context_coords = 0.3 + 0.1 * torch.rand(2, 7, 2).double()
+    attention, x, context, x_coords, context_coords, log_w = attention_problem(placed=True)
+    attention.log_reach.copy_(torch.tensor([0.03, 0.06]).log())
+
+    def logit(head, i, j, q, k):
+        p_i, p_j = x_coords[0, i], context_coords[0, j]
+        alike = torch.vdot(rotated(k, p_j), rotated(q, p_i)).real / math.sqrt(12)
+        distance = math.dist(p_i, p_j)
+        reach = [0.03, 0.06][head]
+        return alike - distance**2 / (2 * reach**2) + log_w[0, j]
+
     got = attention(x, context, x_coords, context_coords, log_w)
-    for b in range(2):
-        p, p_context = x_coords[b].numpy(), context_coords[b].numpy()
-
-        def logit(head, i, j, q, k):
-            q = as_rotated_complex_numbers(q, p[i])
-            k = as_rotated_complex_numbers(k, p_context[j])
-            alike = np.vdot(k, q).real / math.sqrt(12)
-            distance = math.dist(p[i], p_context[j])
-            return alike - distance**2 / (2 * reach[head] ** 2) + log_w[b, j].item()
-
-        close(got[b], attention_by_hand(attention, x[b], context[b], logit), 1e-5)
+    close(got, attention_by_hand(attention, x, context, logit), 1e-5)
 
 
-def test_attention_without_log_w_has_weights_of_1():
+def test_without_log_w_all_weights_are_multiplied_by_1():
     for placed in (False, True):
-        attention, x, context, _ = attention_problem(placed)
-        places = torch.rand(2, 5, 2).double(), torch.rand(2, 7, 2).double()
-        zeros = torch.zeros(2, 7).double()
-        close(attention(x, context, *places), attention(x, context, *places, zeros), 1e-12)
+        attention, *problem, log_w = attention_problem(placed)
+        close(attention(*problem), attention(*problem, 0 * log_w), 1e-12)
+
+
+def kernel_regression(asked, places, values, reach):
+    """A mean of the values with Gaussian weights. Nadaraya (1964), Watson (1964)."""
+    squared = torch.cdist(asked, places) ** 2
+    weights = torch.exp(-squared / (2 * reach**2))
+    return weights @ values / weights.sum(2, keepdim=True)
 
 
 def test_while_to_q_is_zero_placed_attention_is_kernel_regression():
-    """Nadaraya & Watson, with reaches of 0.7 to 4 of an image's 31 steps from pixel to pixel."""
     attention = nf_denoiser.Attention(16, 4, placed=True)
     torch.nn.init.zeros_(attention.to_q.weight)
     torch.nn.init.eye_(attention.to_v.weight)
     torch.nn.init.eye_(attention.to_out.weight)
     torch.nn.init.zeros_(attention.to_out.bias)
-    places, asked = torch.rand(1, 300, 2), torch.rand(1, 50, 2)
+    asked, places = torch.rand(1, 50, 2), torch.rand(1, 300, 2)
     values = torch.randn(1, 300, 16)
-    got = attention(torch.randn(1, 50, 16), values, asked, places)
-    reaches = torch.tensor([0.7, 1.251, 2.237, 4]) / 31
     expected = []
-    for head, reach in enumerate(reaches):
-        distance = torch.cdist(asked.double(), places.double())
-        weights = torch.softmax(-distance**2 / (2 * reach**2), dim=2)
-        expected.append(weights @ values[..., 4 * head:4 * head + 4].double())
+    for reach, part in zip((0.7, 1.251, 2.237, 4), values.chunk(4, 2)):  # a part for each head
+        expected.append(kernel_regression(asked, places, part, reach / 31))
     expected = torch.cat(expected, 2)
-    close(got, expected, 0.01)
+    x = torch.randn(1, 50, 16)
+    close(attention(x, values, asked, places), expected, 0.01)
     with torch.autocast("cpu", torch.bfloat16):  # rounds values, not distances
-        close(attention(torch.randn(1, 50, 16), values, asked, places), expected, 0.04)
+        close(attention(x, values, asked, places), expected, 0.04)
 
 
 def test_attention_refuses_vectors_that_cannot_be_split():
     raises(ValueError, lambda: nf_denoiser.Attention(32, 3), 32, 3)
+    nf_denoiser.Attention(24, 4)
     raises(ValueError, lambda: nf_denoiser.Attention(24, 4, placed=True), 24, 16)
-    nf_denoiser.Attention(24, 4)  # no pairs for x and for y are needed
 
 
 # Perceiver IO: inputs -> latents -> answers to queries
@@ -1856,13 +1860,10 @@ def small_perceiver(num_latents):
 
 
 def perceiver_problem():
-    """Arguments of PerceiverIO.forward: 30 inputs and 20 queries for each of two images."""
+    """inputs, input_coords, queries, query_coords, log_w, for two images."""
     torch.manual_seed(1)
-    inputs, input_coords = torch.randn(2, 30, 5), torch.rand(2, 30, 2)
-    queries, query_coords = torch.randn(2, 20, 6), torch.rand(2, 20, 2)
-    log_w = torch.tensor([[-0.5], [-3.0]])
-    tensors = inputs, input_coords, queries, query_coords, log_w
-    return [x.double() for x in tensors]
+    shapes = (2, 30, 5), (2, 30, 2), (2, 20, 6), (2, 20, 2), (2, 1)
+    return [torch.rand(shape).double() for shape in shapes]
 
 
 def block_by_hand(block, x, x_coords, context, context_coords, log_w=None):
@@ -1889,19 +1890,23 @@ def perceiver_by_hand(net, inputs, input_coords, queries, query_coords, log_w):
 
 
 def test_perceiver_written_out():
-    """Placed latents, and free ones as in the paper."""
+    """Placed latents, and free ones as in the paper; answers and gradients."""
     for num_latents in (None, 4):
         net = small_perceiver(num_latents)
-        problem = perceiver_problem()
-        close(net(*problem), perceiver_by_hand(net, *problem), 1e-12)
+        problem, weights = perceiver_problem(), list(net.parameters())
+        got, expected = net(*problem), perceiver_by_hand(net, *problem)
+        close(got, expected, 1e-12)
+        got = torch.autograd.grad(got.sum(), weights)
+        expected = torch.autograd.grad(expected.sum(), weights)
+        for a, b in zip(got, expected):
+            close(a, b, 1e-9)
 
 
 def test_without_log_w_latents_do_not_read_the_queries():
     for num_latents in (None, 4):
         net = small_perceiver(num_latents)
         *problem, log_w = perceiver_problem()
-        no_weight = torch.full_like(log_w, -1e9)
-        close(net(*problem), perceiver_by_hand(net, *problem, no_weight), 1e-12)
+        close(net(*problem), perceiver_by_hand(net, *problem, log_w - 1e9), 1e-12)
 
 
 def test_every_attention_of_a_placed_perceiver_is_placed_and_no_other():
@@ -1916,67 +1921,76 @@ def test_every_attention_of_a_placed_perceiver_is_placed_and_no_other():
 def test_free_latents_do_not_use_coordinates():
     net = small_perceiver(num_latents=4)
     inputs, input_coords, queries, query_coords, log_w = perceiver_problem()
-    a = net(inputs, input_coords, queries, query_coords, log_w)
-    b = net(inputs, 1 - input_coords, queries, query_coords**2, log_w)
-    assert torch.equal(a, b)
-
-
-def test_the_order_of_pixels_does_not_matter():
-    net = small_perceiver(num_latents=None)
-    inputs, input_coords, queries, query_coords, log_w = perceiver_problem()
     expected = net(inputs, input_coords, queries, query_coords, log_w)
-    i, j = torch.randperm(30), torch.randperm(20)
-    got = net(inputs[:, i], input_coords[:, i], queries[:, j], query_coords[:, j], log_w)
-    close(got, expected[:, j], 1e-12)
+    got = net(inputs, 1 - input_coords, queries, query_coords**2, log_w)
+    assert torch.equal(got, expected)
+
+
+def test_the_order_of_the_input_does_not_matter():
+    for num_latents in (None, 4):
+        net = small_perceiver(num_latents)
+        inputs, input_coords, *others = perceiver_problem()
+        expected = net(inputs, input_coords, *others)
+        order = torch.randperm(30)
+        close(net(inputs[:, order], input_coords[:, order], *others), expected, 1e-12)
 
 
 def test_a_placed_perceiver_sees_differences_of_coordinates_alone():
-    """What depends on the coordinates themselves is the Fourier features, here kept the same."""
+    """Coordinates themselves are in the Fourier features, which stay the same here."""
     net = small_perceiver(num_latents=None)
     inputs, input_coords, queries, query_coords, log_w = perceiver_problem()
     expected = net(inputs, input_coords, queries, query_coords, log_w)
-    shift = torch.tensor([0.2, -0.1]).double()
+    shift = torch.tensor([0.2, -0.1])
     got = net(inputs, input_coords + shift, queries, query_coords + shift, log_w)
     close(got, expected, 1e-10)
     got = net(inputs, input_coords + shift, queries, query_coords, log_w)
     assert (got - expected).abs().max() > 0.1
 
 
+def large_answers(model):
+    """Weights of the last layers start small; large ones show what they multiply."""
+    for name, module in model.named_modules():
+        if name.endswith("to_values"):
+            torch.nn.init.normal_(module.weight)
+    return model
+
+
 def test_a_placed_perceiver_takes_coordinates_as_they_are():
-    model = tiny_field(("perceiver",), num_latents=None)
-    torch.nn.init.normal_(model.perceiver.to_values.weight)
-    model.fourier.B.zero_()  # leaves the attention
+    model = large_answers(tiny_field(("perceiver",)))
+    model.fourier.B.zero_()  # leaves what attention does
     x_t, _, t, _, values = random_problem()
-    coords, out = torch.rand(2, 30, 2), torch.rand(2, 20, 2)
-    rounded = lambda places: (31 * places).round() / 31
+    out, coords = torch.rand(2, 20, 2), torch.rand(2, 30, 2)
+    rounded_out, rounded_coords = (31 * out).round() / 31, (31 * coords).round() / 31
     exact = model(x_t, out, t, coords, values)
-    for other in ((rounded(out), coords), (out, rounded(coords))):
-        got = model(x_t, other[0], t, other[1], values)
+    for got in (model(x_t, rounded_out, t, coords, values),
+                model(x_t, out, t, rounded_coords, values)):
         assert (got - exact).abs().max() > 0.01
 
 
 def test_unet_written_out():
     torch.manual_seed(0)
     net = nf_denoiser.UNet(3, widths=(4, 6, 8)).double()
-    x = torch.randn(2, 3, 8, 12).double()
+    x = normal64(2, 3, 8, 12)
 
-    def conv(layer, x, **options):
-        return F.conv2d(x, layer.weight, layer.bias, **options)
+    def conv(layer, x, stride=1, padding=1):
+        return F.conv2d(x, layer.weight, layer.bias, stride, padding)
 
-    def double(x):
-        return x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    def up(layer, x):
+        x = conv(layer, x.relu(), padding=0)  # 1 x 1
+        x = x.repeat_interleave(2, dim=2)
+        return x.repeat_interleave(2, dim=3)
 
-    full = conv(net.first, x, padding=1)
-    full = full + conv(net.before[0], full.relu(), padding=1)
-    half = conv(net.down[0], full.relu(), padding=1, stride=2)
-    half = half + conv(net.before[1], half.relu(), padding=1)
-    quarter = conv(net.down[1], half.relu(), padding=1, stride=2)
-    quarter = quarter + conv(net.before[2], quarter.relu(), padding=1)
-    y = quarter + conv(net.bottom, quarter.relu(), padding=1)
-    y = half + double(conv(net.up[1], y.relu()))
-    y = y + conv(net.after[1], y.relu(), padding=1)
-    y = full + double(conv(net.up[0], y.relu()))
-    y = y + conv(net.after[0], y.relu(), padding=1)
+    full = conv(net.first, x)
+    full = full + conv(net.before[0], full.relu())
+    half = conv(net.down[0], full.relu(), stride=2)
+    half = half + conv(net.before[1], half.relu())
+    quarter = conv(net.down[1], half.relu(), stride=2)
+    quarter = quarter + conv(net.before[2], quarter.relu())
+    y = quarter + conv(net.bottom, quarter.relu())
+    y = half + up(net.up[1], y)
+    y = y + conv(net.after[1], y.relu())
+    y = full + up(net.up[0], y)
+    y = y + conv(net.after[0], y.relu())
     close(net(x), y, 1e-12)
 
 
@@ -1984,59 +1998,60 @@ def test_unet_written_out():
 
 
 def bilinear_weights(coords, width, height):
-    """W (N, height * width): reads an image, flattened to a column, at N places in [0, 1]^2."""
-    coords = np.asarray(coords, np.float64)
-    hat = lambda distance: np.maximum(0, 1 - np.abs(distance))
-    x = hat(coords[:, :1] * (width - 1) - np.arange(width))
-    y = hat(coords[:, 1:] * (height - 1) - np.arange(height))
-    return np.einsum("nr,nc->nrc", y, x).reshape(len(coords), height * width)
+    """W (N, height * width): W @ image.flatten() reads the image at N places in [0, 1]^2."""
+    size = np.array([width - 1, height - 1])
+    x, y = np.split(np.asarray(coords) * size, 2, axis=1)
+    along_x = np.maximum(0, 1 - abs(x - np.arange(width)))   # (N, width)
+    along_y = np.maximum(0, 1 - abs(y - np.arange(height)))  # (N, height)
+    W = along_y[:, :, None] * along_x[:, None]
+    return W.reshape(len(W), -1)
 
 
 def numpy_posterior(C, W, y, D):
     """Rasmussen & Williams, eq. 2.25: values y = W image + noise, of variances D."""
-    return C @ W.T @ np.linalg.solve(W @ C @ W.T + np.diag(D), y)
+    K = W @ C @ W.T + np.diag(D)
+    return C @ W.T @ np.linalg.solve(K, y)
 
 
 def numpy_variance(C, W, y):
-    """The maximum-likelihood scale of C, as if two more values of variance 0.05 had been seen."""
+    """The most likely scale of C, as if two more values of variance 0.05 had been seen."""
     K = W @ C @ W.T + 1e-3 * np.eye(len(y))
-    return (y @ np.linalg.solve(K, y) + 2 * 0.05) / (len(y) + 2)
+    squares = y @ np.linalg.solve(K, y) + 2 * 0.05
+    return squares / (len(y) + 2)
 
 
 def places_of_17_by_17(steps):
-    """(2, 50, 2) multiples of 1 / steps, a power of 2, so that floats are exact."""
-    places = torch.randint(steps + 1, (2, 50, 2), generator=seeded())
-    places[:, 0] = steps                 # the last corner
-    places[:, 1] = places[:, 0]          # one place among the input twice,
-    places[:, 40] = places[:, 2]         # one in input and output,
-    places[:, 41] = places[:, 42]        # one twice among the output
+    """50 multiples of 1 / steps: a power of 2, so that these floats are exact."""
+    places = torch.randint(steps + 1, (50, 2), generator=seeded())
+    places[0] = steps        # the last corner
+    places[1] = places[0]    # one place among the input twice,
+    places[40] = places[2]   # one in input and output,
+    places[41] = places[42]  # one twice among the output
     return places / steps
 
 
 def field_against_numpy(places):
-    """The first 30 places hold clean pixels, the last 20 noisy ones, of three channels."""
+    """The first 30 values are clean, the last 20 noisy; three channels."""
     rng = np.random.default_rng(0)
     A = rng.normal(size=(289, 400))
     C = A @ A.T / 400  # a covariance of no special form
+    y = rng.normal(0, 0.4, (50, 3))
+    noise_variance = torch.full((1, 1, 1), 0.8, dtype=torch.float64)
     field = nf_denoiser.GaussianField(torch.from_numpy(C))
-    y = torch.from_numpy(rng.normal(0, 0.4, (2, 50, 3)))
-    noise_variance = torch.tensor([0.1, 20.0]).double()
-    input_coords, output_coords = places[:, :30], places[:, 30:]
-    clean = field(input_coords, y[:, :30], output_coords)
-    noisy = field(input_coords, y[:, :30], output_coords, y[:, 30:], noise_variance[:, None, None])
-    for b, c in np.ndindex(2, 3):
-        W = bilinear_weights(places[b], 17, 17)
-        values = y[b, :, c].numpy()
-        variance = numpy_variance(C, W[:30], values[:30])
-        # noise in units of the variance: jitter of clean pixels, then that of the noisy ones
-        D = np.full(50, 1e-3)
-        D[30:] = noise_variance[b] / variance
-        for got, n in ((clean, 30), (noisy, 50)):
-            image, y_out, got_variance = got
-            expected = numpy_posterior(C, W[:n], values[:n], D[:n])
-            close(image[b, c].flatten(), expected, 1e-9)
-            close(y_out[b, :, c], W[30:] @ expected, 1e-5)
-            close(got_variance[b, 0, c], variance, 1e-9)
+    y_in, y_t = torch.from_numpy(y)[None].split([30, 20], dim=1)
+    where = places[None, :30], y_in, places[None, 30:]
+    clean = field(*where)
+    noisy = field(*where, y_t, noise_variance)
+    W = bilinear_weights(places, 17, 17)
+    for c in range(3):
+        variance = numpy_variance(C, W[:30], y[:30, c])
+        D = np.full(50, 1e-3)       # in units of the variance
+        D[30:] = 0.8 / variance
+        for n, (image, y_out, got_variance) in ((30, clean), (50, noisy)):
+            expected = numpy_posterior(C, W[:n], y[:n, c], D[:n])
+            close(image[0, c].flatten(), expected, 1e-9)
+            close(y_out[0, :, c], W[30:] @ expected, 1e-5)
+            close(got_variance[0, 0, c], variance, 1e-9)
 
 
 def test_on_the_grid_the_gaussian_field_is_the_textbook_posterior():
@@ -2052,22 +2067,25 @@ def test_exponential_covariance_against_numpy():
     x, y = np.meshgrid(line, line)
     x, y = x.ravel(), y.ravel()
     distance = np.hypot(x[:, None] - x, y[:, None] - y)
-    close(nf_denoiser.exponential_covariance(5), np.exp(-distance * 31 / 16), 1e-6)
-    close(nf_denoiser.exponential_covariance(5, length=2), np.exp(-distance / 2), 1e-6)
+    default = nf_denoiser.exponential_covariance(5)
+    close(default, np.exp(-distance * 31 / 16), 1e-6)
+    longer = nf_denoiser.exponential_covariance(5, length=2)
+    close(longer, np.exp(-distance / 2), 1e-6)
 
 
 def test_pixel_covariance_against_numpy():
-    images = data.make_leaves(1100, 3)[0][:, :, :8, :8].contiguous()
+    leaves, _ = data.make_leaves(1100, 3)
+    images = leaves[..., :8, :8].contiguous()
     x = images.double().numpy() / 127.5 - 1
-    both = np.concatenate([x, x[..., ::-1]])  # and mirrored
-    both = both.reshape(-1, 64)
-    C = both.T @ both
+    with_mirrored = np.concatenate([x, x[..., ::-1]])
+    vectors = with_mirrored.reshape(-1, 64)
+    C = vectors.T @ vectors
     close(nf_denoiser.pixel_covariance(images), C / np.diag(C).mean(), 1e-5)
 
 
 def test_a_covariance_that_is_none_is_refused():
-    for negative in (-torch.eye(1024), torch.ones(1024, 1024) - 2 * torch.eye(1024)):
-        model = tiny_field(("gaussian",), covariance=negative)
+    for covariance in (-torch.eye(1024), 1 - 2 * torch.eye(1024)):
+        model = tiny_field(("gaussian",), covariance=covariance)
         raises(torch.linalg.LinAlgError, lambda: model(*random_problem()))
 
 
@@ -2080,64 +2098,8 @@ def test_independent_pixels_are_a_field_with_the_identity_as_covariance():
     for noisy in ((), (x_t, noise_variance)):
         got = pixels(coords, values, out, *noisy)
         expected = field(coords, values, out, *noisy)
-        for a, b in zip(got, expected):
+        for a, b in zip(got, expected):  # image, values at the outputs, variance
             close(a, b, 1e-5)
-
-
-# The model by hand: mean + y_out + std * (unet + perceiver), for pixels on the grid and beside it
-
-FORWARD_CASES = list(itertools.product((nf_denoiser.PARTS, ("unet", "perceiver")), (0, 0.4 / 31)))
-
-
-def large_answers(model):
-    """Weights of the last layers start small; large ones show what they multiply."""
-    for name, module in model.named_modules():
-        if name.endswith("to_values"):
-            torch.nn.init.normal_(module.weight)
-    return model
-
-
-def forward_by_hand(parts, offset):
-    """The model, what it answered, what its networks were given, and what is known before them."""
-    h = types.SimpleNamespace(model=large_answers(tiny_field(parts)), given={})
-    for network in (h.model.unet, h.model.perceiver):
-        network.register_forward_pre_hook(lambda module, given: h.given.update({module: given}))
-    x_t, out, _, coords, values = random_problem(seed=1)
-    t = torch.tensor([100, 600])
-    with torch.no_grad():
-        h.x_0_hat = h.model(x_t, out + offset, t, coords + offset, values)
-    h.out = (out + offset).clamp(0, 1)
-    h.coords = (coords + offset).clamp(0, 1)
-    h.time = h.model.embed_time(t)[:, None]
-    h.bar = schedule.DiffusionSchedule().alphas_cumprod[t].float()[:, None, None]
-    # columns: brightness, red against blue, green against both, each of length 1
-    h.colours = torch.tensor([[1, 1, 1], [1, 0, -2], [1, -1, 1]]) / torch.tensor([3, 2, 6]).sqrt()
-    x_in, noisy = values @ h.colours, x_t @ h.colours
-    h.mean = x_in.mean(1, keepdim=True)
-    h.y_in = x_in - h.mean
-    y_t = noisy / h.bar.sqrt() - h.mean
-    h.noise_variance = 1 / h.bar - 1
-    h.y_image, h.y_out, h.variance = h.model.prior(h.coords, h.y_in, h.out, y_t, h.noise_variance)
-    h.y_in_scaled = h.y_in / h.variance.sqrt()
-    h.y_out_scaled = h.y_out / h.variance.sqrt()
-    return h
-
-
-def features_by_hand(h):
-    """The U-Net's answer, read at the output coordinates."""
-    image, = h.given[h.model.unet]
-    image = h.model.unet(image).flatten(2).detach().double()
-    weights = np.stack([bilinear_weights(coords, 32, 32) for coords in h.out])
-    return (torch.from_numpy(weights) @ image.mT).relu().float()
-
-
-def plane(coords, values):
-    """An image (2, 32, 32) with values at the pixels nearest to coords, else 0."""
-    image = torch.zeros(2, 32, 32)
-    for b in range(2):
-        for x, y in (31 * coords[b]).round().int().tolist():
-            image[b, y, x] = values[b]
-    return image
 
 
 def test_without_measurements_the_field_has_the_exponential_covariance():
@@ -2146,34 +2108,83 @@ def test_without_measurements_the_field_has_the_exponential_covariance():
     assert isinstance(tiny_field(("unet",)).prior, nf_denoiser.IndependentPixels)
 
 
+# The model by hand: mean + y_out + std * (unet + perceiver), for pixels on the grid and beside it
+
+OFFSETS = 0, 0.4 / 31, -0.4 / 31  # the nearest pixel stays the same
+FORWARD_CASES = list(itertools.product((nf_denoiser.PARTS, ("unet", "perceiver")), OFFSETS))
+
+
+def forward_by_hand(parts, offset):
+    """What the model answered and what its networks were given, and all that comes before them."""
+    model, given = large_answers(tiny_field(parts)), {}
+    for network in (model.unet, model.perceiver):
+        network.register_forward_pre_hook(lambda module, inputs: given.update({module: inputs}))
+    x_t, out, _, coords, values = random_problem(seed=1)
+    t = torch.tensor([100, 600])
+    with torch.no_grad():
+        x_0_hat = model(x_t, out + offset, t, coords + offset, values)
+    image, = given[model.unet]
+    out, coords = (out + offset).clamp(0, 1), (coords + offset).clamp(0, 1)
+    bar = schedule.DiffusionSchedule().alphas_cumprod[t].float()[:, None, None]
+    # brightness, red against blue, green against both; the columns have length 1
+    colours = torch.tensor([[1, 1, 1], [1, 0, -2], [1, -1, 1]]) / torch.tensor([3, 2, 6]).sqrt()
+    x_in = values @ colours
+    mean = x_in.mean(1, keepdim=True)
+    y_in = x_in - mean
+    y_t = x_t @ colours / bar.sqrt() - mean
+    noise_variance = 1 / bar - 1
+    y_image, y_out, variance = model.prior(coords, y_in, out, y_t, noise_variance)
+    contrast = variance.sqrt()
+    return types.SimpleNamespace(**locals())  # by these names
+
+
+def features_by_hand(h):
+    """The U-Net's image, read bilinearly at the output coordinates."""
+    image = h.model.unet(h.image).flatten(2)
+    W = np.stack([bilinear_weights(coords, 32, 32) for coords in h.out])
+    features = torch.from_numpy(W).float() @ image.mT
+    return features.relu()
+
+
+def plane(coords, values):
+    """Two images with a value at the pixels nearest to coords, else 0."""
+    image = torch.zeros(2, 32, 32)
+    for b in range(2):
+        column, row = (31 * coords[b]).round().long().unbind(1)
+        image[b, row, column] = values[b]
+    return image
+
+
 def test_what_the_unet_is_given():
-    for parts, offset in FORWARD_CASES:
-        h = forward_by_hand(parts, offset)
-        image, = h.given[h.model.unet]
-        assert image.shape == (2, 6, 32, 32)
-        close(image[:, :3], h.y_image / h.variance.sqrt().mT[..., None], 1e-4)
-        close(image[:, 3], plane(h.coords, [1, 1]), 0)
-        close(image[:, 4], plane(h.out, h.bar.flatten()), 1e-6)
-        close(image[:, 5], h.bar.sqrt().expand(2, 32, 32), 1e-6)
+    for case in FORWARD_CASES:
+        h = forward_by_hand(*case)
+        scale = h.contrast.view(2, 3, 1, 1)
+        close(h.image[:, :3], h.y_image / scale, 1e-4)
+        where_in, where_out, signal = h.image[:, 3:].unbind(1)
+        close(where_in, plane(h.coords, [1, 1]), 0)
+        close(where_out, plane(h.out, h.bar.flatten()), 1e-6)
+        close(signal, h.bar.sqrt().expand(2, 32, 32), 1e-6)
 
 
 def test_what_the_perceiver_is_given():
-    for parts, offset in FORWARD_CASES:
-        h = forward_by_hand(parts, offset)
+    for case in FORWARD_CASES:
+        h = forward_by_hand(*case)
         inputs, input_coords, queries, query_coords, log_w = h.given[h.model.perceiver]
-        time_in, time_out = h.time.expand(2, 30, 64), h.time.expand(2, 20, 64)
-        expected = [h.model.fourier(h.coords), h.y_in_scaled, time_in]
+        time = h.model.embed_time(h.t)[:, None]
+        expected = [h.model.fourier(h.coords), h.y_in / h.contrast, time.expand(2, 30, 64)]
         close(inputs, torch.cat(expected, 2), 1e-4)
-        expected = [h.model.fourier(h.out), h.y_out_scaled, time_out, features_by_hand(h)]
+        expected = [h.model.fourier(h.out), h.y_out / h.contrast, time.expand(2, 20, 64),
+                    features_by_hand(h)]
         close(queries, torch.cat(expected, 2), 1e-4)
-        assert torch.equal(input_coords, h.coords) and torch.equal(query_coords, h.out)
+        assert torch.equal(input_coords, h.coords)
+        assert torch.equal(query_coords, h.out)
         close(log_w, h.bar[:, 0].log(), 1e-6)
 
 
 def test_x_0_hat_is_the_mean_and_networks_times_std():
-    for parts, offset in FORWARD_CASES:
-        h = forward_by_hand(parts, offset)
-        unexplained = h.variance * (0.07 if "gaussian" in parts else 0.36)
+    for case in FORWARD_CASES:
+        h = forward_by_hand(*case)
+        unexplained = h.variance * (0.07 if "gaussian" in h.parts else 0.36)
         std = (1 / unexplained + 1 / h.noise_variance) ** -0.5
         answer = h.model.unet_to_values(features_by_hand(h))
         answer = answer + h.model.perceiver(*h.given[h.model.perceiver])
@@ -2212,6 +2223,12 @@ def test_every_weight_learns():
                 assert weight.grad.abs().max() > 0, (parts, name)
 
 
+def test_the_weights_of_the_last_layers_start_small():
+    model = tiny_field()
+    for layer in (model.unet_to_values, model.perceiver.to_values):
+        close(layer.weight.std(), 0.01, 0.005)
+
+
 def test_only_the_perceiver_has_dropout():
     for parts in combinations_of_parts():
         model = tiny_field(parts, dropout=0.5)
@@ -2232,7 +2249,7 @@ def test_bf16_autocast_stays_close():
 
 
 def test_t_may_be_float():
-    """As in the document. A float is rounded down."""
+    """As in the document. It is rounded down."""
     model = large_answers(tiny_field())
     x_t, out, t, coords, values = random_problem()
     expected = model(x_t, out, t, coords, values)
@@ -2243,46 +2260,52 @@ def test_t_may_be_float():
 def test_at_the_last_timestep_x_t_does_not_matter():
     for parts in combinations_of_parts():
         model = large_answers(tiny_field(parts))
-        x_t, *where, coords, values = random_problem()
-        out, t = where
+        x_t, out, t, *given = random_problem()
         last = torch.full_like(t, 999)
-        pure_noise = model(None, out, last, coords, values)
-        close(model(x_t, out, last, coords, values), pure_noise, 5e-3)
-        close(model(-3 * x_t, out, last, coords, values), pure_noise, 5e-3)
-        early = model(x_t, out, last // 3, coords, values)
+        pure_noise = model(None, out, last, *given)
+        for noise_ in (x_t, -3 * x_t):
+            close(model(noise_, out, last, *given), pure_noise, 5e-3)
+        early = model(x_t, out, last // 3, *given)
         assert (early - pure_noise).abs().max() > 0.05
 
 
-def test_from_pure_noise_each_pixel_is_answered_alone():
+def test_images_of_a_batch_do_not_mix():
+    model = large_answers(tiny_field())
+    problem = random_problem(batch=3)
+    alone = [x[1:2] for x in problem]
+    close(model(*alone), model(*problem)[1:2], 1e-4)
+
+
+def test_from_pure_noise_output_pixels_do_not_mix():
+    """The U-Net sees which pixels are asked, so this is about the other parts."""
     model = large_answers(tiny_field(("gaussian", "perceiver")))
-    _, out, t, coords, values = random_problem()
-    last = torch.full_like(t, 999)
-    together = model(None, out, last, coords, values)
-    alone = model(None, out[:, :3], last, coords, values)
-    close(alone, together[:, :3], 1e-4)
+    _, out, t, *given = random_problem()
+    together = model(None, out, t, *given)
+    close(model(None, out[:, :3], t, *given), together[:, :3], 1e-4)
 
 
 def test_any_number_of_pixels_anywhere():
     model = tiny_field()
     for n_in, n_out in ((1, 1), (1, 7), (50, 3), (204, 204)):
         x_t, out, t, coords, values = random_problem(3, n_in, n_out)
-        off_grid = coords * 0.9 + 0.05
+        off_grid = coords**2
         for places in (coords, off_grid):
             x_0_hat = model(x_t, out, t, places, values)
             assert x_0_hat.shape == (3, n_out, 3) and x_0_hat.isfinite().all()
 
 
 def test_wrong_shapes_get_one_ValueError():
+    """Each argument, shortened along each of its dimensions."""
     model = tiny_field()
-    x_t, out, t, coords, values = random_problem()
-    for wrong in ((x_t[:, :5], out, t, coords, values), (x_t[..., :1], out, t, coords, values),
-                  (x_t, out[:, :5], t, coords, values), (x_t, out[..., :1], t, coords, values),
-                  (x_t, out, t[:1], coords, values), (x_t, out, t[:, None], coords, values),
-                  (x_t, out, t, coords[:1], values), (x_t, out, t, coords[:, :5], values),
-                  (x_t, out, t, coords, values[:, :5]), (x_t, out, t, coords, values[..., :1]),
-                  (None, out, t, coords, values[..., :1]), (None, out[:1], t, coords, values)):
-        raises(ValueError, lambda: model(*wrong), "shapes")
+    problem = random_problem()
+    for i, x in enumerate(problem):
+        for dim, size in enumerate(x.shape):
+            wrong = list(problem)
+            wrong[i] = x.narrow(dim, 0, size - 1)
+            raises(ValueError, lambda: model(*wrong), "shapes")
+    x_t, out, t, coords, values = problem
     raises(ValueError, lambda: model(x_t, out, t, coords[:, :0], values[:, :0]), "at least one")
+    raises(ValueError, lambda: model(None, out[:1], t, coords, values), "shapes")
 
 
 def test_unknown_parts_and_odd_sides_are_refused():
@@ -2292,53 +2315,80 @@ def test_unknown_parts_and_odd_sides_are_refused():
     tiny_field(("gaussian", "perceiver"), side=33)
 
 
+def test_the_full_size_has_the_perceiver_of_the_document():
+    bars = schedule.DiffusionSchedule().alphas_cumprod
+    by_default = nf_denoiser.NFDenoiser(bars)
+    assert by_default.perceiver.latents.shape == (512, 512)
+    assert len(by_default.perceiver.processor) == 6
+    assert by_default.perceiver.encoder.attention.num_heads == 8
+    assert by_default.perceiver.encoder.mlp[-1].p == 0.1
+    assert by_default.fourier.B.shape == (2, 256)
+    full = nf_denoiser.NFDenoiser(bars, **nf_denoiser.SIZES["full"])
+    assert repr(full) == repr(by_default)
+
+
+def test_nf_denoiser_prints_the_parameters_of_each_part():
+    with folder() as root:
+        printed = works(nf_denoiser, "").replace(",", "")
+        assert not files_in(root)
+    for name, config in nf_denoiser.SIZES.items():
+        model = nf_denoiser.NFDenoiser(torch.ones(9), **config)
+        count = lambda module: sum(weight.numel() for weight in module.parameters())
+        section = printed.split(f"{name}: ")[1].splitlines()
+        assert section[0].startswith(f"{count(model)} parameters")
+        figures = dict(line.split() for line in section[1:7])
+        assert int(figures["unet"]) == count(model.unet)
+        assert int(figures["perceiver"]) == count(model.perceiver)
+
+
 # ------------------------------------------------------------------ loss, samplers, evaluation
 
 
 def a_split(batch=4):
-    return data.sparse_split(data.make_leaves(batch, 0)[0], generator=seeded())
+    images, _ = data.make_leaves(batch, 0)
+    return data.sparse_split(images, generator=seeded())
+
+
+def error_of(model, split, x_t, t):
+    """The mean squared error of x_0_hat."""
+    x_0_hat = model(x_t, split["output_coords"], t, split["input_coords"], split["input_values"])
+    return (x_0_hat - split["output_values"]).square().mean()
 
 
 def test_loss_of_a_random_timestep_written_out():
-    """DDPM, algorithm 1: t, then noise; the target is x_0."""
-    sched, split = schedule.DiffusionSchedule(), a_split()
-    model = tiny_field()
+    """DDPM, algorithm 1, for x_0 instead of eps."""
+    model, split, sched = tiny_field(), a_split(), schedule.DiffusionSchedule()
     x_0 = split["output_values"]
-    where = split["input_coords"], split["input_values"]
     torch.manual_seed(5)
     loss = nf_denoiser.nf_loss(model, sched, split, pure_noise=False)
     torch.manual_seed(5)
     t = torch.randint(0, 1000, (4,))
-    eps = torch.randn(4, 204, 3)
+    eps = torch.randn(x_0.shape)
     alpha_bar = sched.alphas_cumprod[t].float()[:, None, None]
     x_t = alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * eps
-    x_0_hat = model(x_t, split["output_coords"], t, *where)
-    close(loss, ((x_0_hat - x_0) ** 2).mean(), 1e-5)
+    close(loss, error_of(model, split, x_t, t), 1e-5)
 
 
 def test_loss_of_pure_noise_written_out():
-    """What trains the one-step mean: t = T - 1, and x_t is not even made."""
-    sched, split = schedule.DiffusionSchedule(50), a_split()
-    model, x_0 = tiny_field(), split["output_values"]
-    where = split["input_coords"], split["input_values"]
+    """t = T - 1, where x_t is not even made. This trains the one-step mean."""
+    model, split, sched = tiny_field(), a_split(), schedule.DiffusionSchedule(50)
     loss = nf_denoiser.nf_loss(model, sched, split, pure_noise=True)
     t = torch.full((4,), 49)
-    x_0_hat = model(None, split["output_coords"], t, *where)
-    close(loss, ((x_0_hat - x_0) ** 2).mean(), 1e-6)
+    close(loss, error_of(model, split, None, t), 1e-6)
 
 
 def test_losses_of_shares_of_a_batch_average_to_its_loss():
     """Each of several processes draws t and noise for all rows, and uses its own."""
-    sched, split, model = schedule.DiffusionSchedule(), a_split(), tiny_field()
+    model, split, sched = tiny_field(), a_split(), schedule.DiffusionSchedule()
 
     def loss(rows, pure_noise):
         torch.manual_seed(5)
         return nf_denoiser.nf_loss(model, sched, split, pure_noise, rows)
 
     for pure_noise in (True, False):
-        halves = loss(slice(0, 2), pure_noise), loss(slice(2, 4), pure_noise)
-        close(sum(halves) / 2, loss(slice(None), pure_noise), 1e-5)
-        assert abs(halves[0] - halves[1]) > 1e-4
+        first, second = loss(slice(0, 2), pure_noise), loss(slice(2, 4), pure_noise)
+        close((first + second) / 2, loss(slice(None), pure_noise), 1e-5)
+        assert abs(first - second) > 1e-4
 
 
 def test_the_documents_training_loop():
@@ -2383,30 +2433,27 @@ def test_the_documents_sampling():
 
 
 def test_the_one_step_mean_averages_the_image_and_its_mirror_image():
-    sched, asked = schedule.DiffusionSchedule(20), []
-    where = torch.rand(2, 5, 2), torch.rand(2, 3, 2), torch.rand(2, 3, 1)
-    weight = torch.ones(1, requires_grad=True)
+    sched = schedule.DiffusionSchedule(20)
+    out, coords, values = torch.rand(2, 5, 2), torch.rand(2, 3, 2), torch.rand(2, 3, 1)
+    calls, weight = [], torch.ones(1, requires_grad=True)
 
-    def model(*arguments):
-        asked.append(arguments)
-        output_coords = arguments[1]
-        return weight * output_coords[..., :1] ** 2
+    def model(*given):
+        calls.append(given)
+        output_coords = given[1]
+        return weight * output_coords**2
 
-    mean = nf_denoiser.one_step_mean(model, sched, *where)
-    x = where[0][..., :1]
-    close(mean, (x**2 + (1 - x) ** 2) / 2, 1e-6)
-    mirror = lambda coords: torch.stack([1 - coords[..., 0], coords[..., 1]], -1)
-    for arguments, flip in zip(asked, (lambda coords: coords, mirror)):
-        x_t, output_coords, t, input_coords, input_values = arguments
-        assert x_t is None and t.tolist() == [19, 19]
-        assert torch.equal(output_coords, flip(where[0]))
-        assert torch.equal(input_coords, flip(where[1]))
-        assert input_values is where[2]
-    assert len(asked) == 2 and not mean.requires_grad
+    mean = nf_denoiser.one_step_mean(model, sched, out, coords, values)
+    mirror = lambda places: torch.stack([1 - places[..., 0], places[..., 1]], 2)
+    close(mean, (out**2 + mirror(out) ** 2) / 2, 1e-6)
+    assert not mean.requires_grad
+    plain, mirrored = calls
+    assert torch.equal(plain[3], coords) and torch.equal(mirrored[3], mirror(coords))
+    for x_t, _, t, _, input_values in calls:
+        assert x_t is None and t.tolist() == [19, 19] and input_values is values
 
 
 def model_and_where():
-    """A model that answers 0.9 x_t + t, if it is asked at the output pixels, and such pixels."""
+    """A model that answers 0.9 x_t + t where it is to be asked, and these output and inputs."""
     where = torch.rand(2, 5, 2), torch.rand(2, 3, 2), torch.rand(2, 3, 1)
 
     def model(x_t, output_coords, t, input_coords, input_values):
@@ -2420,12 +2467,11 @@ def model_and_where():
 def test_ddim_sample_starts_from_noise_at_the_output_pixels():
     sched = schedule.DiffusionSchedule(20)
     model, where = model_and_where()
-    g, told, expected_told = seeded(), [], []
+    g, told = seeded(), []
     x_T = torch.randn(2, 5, 1, generator=g)  # a number for each output pixel and channel
-    options = dict(num_steps=4, eta=0.5)
-    expected = schedule.ddim(nine_tenths_plus_t, sched, x_T, **options, generator=g)
-    options |= dict(generator=seeded(), on_step=record(told))
-    got = nf_denoiser.ddim_sample(model, sched, *where, **options)
+    expected = schedule.ddim(nine_tenths_plus_t, sched, x_T, 4, 0.5, g)
+    got = nf_denoiser.ddim_sample(model, sched, *where, num_steps=4, eta=0.5, generator=seeded(),
+                                  on_step=record(told))
     assert torch.equal(got, expected) and len(told) == 4
 
 
@@ -2446,8 +2492,7 @@ def test_ddpm_sample_takes_all_steps():
     g, told = seeded(), []
     x_T = torch.randn(2, 5, 1, generator=g)
     expected = schedule.ddpm(nine_tenths_plus_t, sched, x_T, generator=g)
-    options = dict(generator=seeded(), on_step=record(told))
-    got = nf_denoiser.ddpm_sample(model, sched, *where, **options)
+    got = nf_denoiser.ddpm_sample(model, sched, *where, generator=seeded(), on_step=record(told))
     assert torch.equal(got, expected) and len(told) == 20
 
 
