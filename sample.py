@@ -1,4 +1,4 @@
-"""Use a trained neural field: sample from it, compare it with classical methods, draw it.
+"""Use a trained neural field: measure it, show it, restore a photograph.
 
     python sample.py                                  # newest checkpoint below out/, or shipped
     python sample.py --image photo.jpg                # restore a photograph from 20% of its pixels
@@ -9,10 +9,10 @@
     python sample.py --full --scale 4                 # all missing pixels in a sample; a fine grid
     python sample.py --evaluate 20 --samples 32       # are the samples calibrated?
 
-Two answers are shown. The one-step mean is the prediction at t = T - 1 from pure noise, an
-estimate of E[x_0 | x_in]: the lowest squared error, and blurry where the input is ambiguous. A
-sample is denoised step by step: a plausible image, whose squared error is about twice that of the
-mean. An autoencoder's checkpoint is measured by report_autoencoder of autoencoder.py.
+Everything that restores an image is a function of the same three tensors: output_coords
+(B, N_out, 2), input_coords (B, N_in, 2) and input_values (B, N_in, C) in [-1, 1]. It returns values
+at the output coordinates, (B, N_out, C). An autoencoder's checkpoint is measured by
+report_autoencoder of autoencoder.py.
 """
 import os
 
@@ -24,305 +24,363 @@ import math
 import sys
 import time
 import zipfile
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
 
 from autoencoder import DenoisingAutoencoder, report_autoencoder
 from data import (fixed_order, heat, image_grid, load_dataset, load_picture, off_grid_split,
-                  open_picture, run, save_pictures, sparse_split, square_picture, to_signed,
-                  to_unit)
+                  open_picture, run, save_pictures, sparse_split, square_picture, to_picture,
+                  to_signed, to_unit)
 from nf_denoiser import (GaussianField, NFDenoiser, ddim_sample, ddpm_sample,
                          exponential_covariance, one_step_mean)
 from noise import psnr, ssim
 from schedule import DiffusionSchedule
 
-SHIPPED = Path(__file__).resolve().parent / "assets" / "nf_medium.pt"
-KEYS = ("kind", "config", "settings", "schedule", "data", "step")  # of every checkpoint
+
+# ------------------------------------------------------ classical methods: no training, no network
+def nearest(output_coords, input_coords, input_values):
+    """The value of the nearest input pixel."""
+    index = torch.cdist(output_coords, input_coords).argmin(dim=2, keepdim=True)
+    return input_values.take_along_dim(index, dim=1)
 
 
-# --------------------------------------------------------------- one-step mean, classical methods
-def nearest(split):
-    """The value of the nearest input pixel, for a sparse_split's outputs: (B, N, C)."""
-    index = torch.cdist(split["output_coords"], split["input_coords"]).argmin(2, keepdim=True)
-    return split["input_values"].take_along_dim(index, dim=1)
+def inverse_distance(output_coords, input_coords, input_values, power=4):
+    """The mean of all input pixels, weighted by distance^-power (Shepard, 1968)."""
+    distance = torch.cdist(output_coords, input_coords).clamp(min=1e-6)
+    weights = distance**-power                                             # (B, N_out, N_in)
+    return weights / weights.sum(dim=2, keepdim=True) @ input_values
 
 
-def inverse_distance(split, power=4):
-    """Mean of the input pixels weighted by distance^-power (Shepard, 1968): (B, N, C)."""
-    distance = torch.cdist(split["output_coords"], split["input_coords"]).clamp(min=1e-6)
-    weights = distance**-power
-    return weights / weights.sum(dim=2, keepdim=True) @ split["input_values"]
+def kriging(output_coords, input_coords, input_values, covariance):
+    """The mean of a Gaussian random field, given the inputs: GaussianField of nf_denoiser.py.
+
+    Again a weighted mean, but the weights know more than distances: two inputs side by side tell
+    almost the same, and share one weight. covariance: (side^2, side^2), of any two pixels, here
+    nf_denoiser's exponential_covariance, the textbook's; the network's own is measured.
+    """
+    mean = input_values.mean(dim=1, keepdim=True)                          # (B, 1, C)
+    field = GaussianField(covariance.to(input_values))
+    _, values, _ = field(input_coords, input_values - mean, output_coords)
+    return mean + values
 
 
-def kriging(split):
-    """Mean of a Gaussian field with exponential covariance, given the inputs: (B, N, C)."""
+# ------------------------------------------------------------- two answers: the mean and a sample
+@torch.no_grad()
+def reconstruct(model, schedule, split, draw=None, n_drawn=0):
+    """The values of all outputs of a split by each method: {method: (B, N_out, C)} in [-1, 1].
+
+    The one-step mean estimates E[x_0 | x_in], the mean of all images that fit the input. Nothing
+    has a lower squared error, but where several images fit, their mean is blurred: restore with it.
+    A sample is one of those images: sharp, with about twice the squared error, since it differs
+    from the mean as much as the truth does. Look at several to see what else it could have been.
+
+    draw(output_coords, input_coords, input_values) denoises the first n_drawn outputs jointly, so
+    that they fit each other. The other outputs are the mean, given the input and this sample.
+    """
+    coords = split["output_coords"]
+    known = split["input_coords"], split["input_values"]
+    answers = {"one-step mean": one_step_mean(model, schedule, coords, *known)}
+    if draw:
+        drawn, others = coords.tensor_split([n_drawn], dim=1)
+        values = draw(drawn, *known).clamp(-1, 1)
+        if others.shape[1] > 0:
+            known_coords = torch.cat([split["input_coords"], drawn], dim=1)
+            known_values = torch.cat([split["input_values"], values], dim=1)
+            mean = one_step_mean(model, schedule, others, known_coords, known_values)
+            values = torch.cat([values, mean], dim=1)
+        answers["sample"] = values
     covariance = exponential_covariance(split["full_image"].shape[-1])
-    field = GaussianField(covariance.to(split["full_image"].device))
-    mean = split["input_values"].mean(dim=1, keepdim=True)
-    _, y_out, _ = field(split["input_coords"], split["input_values"] - mean, split["output_coords"])
-    return mean + y_out
+    answers["kriging"] = kriging(coords, *known, covariance)
+    answers["inverse distance"] = inverse_distance(coords, *known)
+    answers["nearest"] = nearest(coords, *known)
+    return {method: values.clamp(-1, 1) for method, values in answers.items()}
 
 
-# ------------------------------------------------------------------------------------ evaluation
+def covered(samples, truth):
+    """Which true values (...) lie in the central 90% of samples (K, ...)? 1.0 or 0.0, (...).
+
+    If the truth is just one more draw from the distribution of the samples, its rank among them is
+    any of 0..K, equally often, and about 90% of the ranks are in the middle: 29 of 33 for K = 32.
+    Fewer hits mean that the samples are too much alike, or in the wrong place; more, that they
+    scatter too much. A sample that equals the truth counts half below and half above it.
+    """
+    below = (samples < truth).float().mean(dim=0)
+    not_above = (samples <= truth).float().mean(dim=0)
+    rank = (below + not_above) / 2                                         # 0 to 1
+    return ((rank >= 0.05) & (rank <= 0.95)).float()
+
+
+# -------------------------------------------------------------- a photograph, window after window
+@torch.no_grad()
+def restore(image, input_mask, answer, side=32):
+    """Fill the missing pixels of an image of any size by a method for side x side pixels.
+
+    image: (C, H, W) in [-1, 1]. input_mask: bool (H, W), the given pixels. answer(output_coords,
+    input_coords, input_values) -> output values, such as kriging. Returns (C, H, W), the given
+    pixels unchanged. Raises ValueError if there are none.
+
+    Windows overlap by one half. Near its edge a window sees one side of a pixel only, so answers
+    are averaged with a weight, sin^2, that falls to 0 there. A window inside a hole sees nothing:
+    those with fewer than a quarter of the known pixels of the best one wait for a later pass, when
+    restored pixels count as known. So holes are filled from their rim.
+    """
+    if not input_mask.any():
+        raise ValueError("no pixel of the picture is given: there is nothing to restore it from")
+    windows = overlapping_windows(*input_mask.shape, side).to(image.device)  # (W, side * side)
+    coords = grid_coords(side, side).to(image.device)                        # (side * side, 2)
+    ramp = torch.sin(math.pi * (torch.arange(side, device=image.device) + 0.5) / side) ** 2
+    weight = torch.outer(ramp, ramp).view(-1, 1)                             # (side * side, 1)
+    pixels, known = image.flatten(1).mT, input_mask.flatten()                # (H * W, C), (H * W,)
+    while not known.all():
+        counts = known[windows].sum(dim=1)
+        counts[counts == side * side] = 0  # complete: nothing to do
+        ready = windows[counts >= max(1, counts.max() / 4)]
+        total = torch.zeros_like(pixels)
+        total_weight = torch.zeros_like(pixels[:, :1])
+        for window in ready:
+            inputs, outputs = known[window].nonzero()[:, 0], (~known[window]).nonzero()[:, 0]
+            input_values = pixels[window[inputs]]                            # (N_in, C)
+            values = answer(coords[outputs][None], coords[inputs][None], input_values[None])[0]
+            places = window[outputs]  # in a mirrored part one pixel has several
+            total.index_add_(0, places, weight[outputs] * values.clamp(-1, 1))
+            total_weight.index_add_(0, places, weight[outputs])
+        filled = total_weight[:, 0] > 0
+        pixels = torch.where(filled[:, None], total / total_weight, pixels)
+        known = known | filled
+    return pixels.mT.view_as(image)
+
+
+# ================== below: splits, tables, pictures, checkpoints, command line
+def overlapping_windows(height, width, side):
+    """Indices row * width + column of the pixels of all windows, int64 (W, side * side).
+
+    k + 1 windows take side + k * side / 2 pixels: the picture is mirrored up to the next such size.
+    """
+    def mirrored(n):
+        extra = side - n if n < side else (side - n) % (side // 2)
+        return torch.from_numpy(np.pad(np.arange(n), (0, extra), "symmetric"))
+
+    index = mirrored(height)[:, None] * width + mirrored(width)
+    windows = index.unfold(0, side, side // 2).unfold(1, side, side // 2)
+    return windows.reshape(-1, side * side)
+
+
+def grid_coords(height, width):
+    """(x, y) of all pixels, row by row: (height * width, 2) in [0, 1]."""
+    y, x = torch.linspace(0, 1, height), torch.linspace(0, 1, width)
+    return torch.cartesian_prod(y, x).flip(1)
+
+
 def split_images(images, indices, seed=0, input_ratio=0.2, full=False, pixels="grid"):
-    """A sparse_split of images (B, C, H, W) whose outputs are all missing pixels.
+    """A split of images (B, C, H, W), all missing pixels as outputs; how many to draw and measure.
 
-    It also has "n_out": the first n_out outputs are sampled and measured, a fifth of the image, or
-    all if full. The mask is a function of seed and an image's index, indices (B,).
+    The mask is a function of seed and an image's index, indices (B,). pixels: "grid" or
+    "anywhere", where the input lies. A fifth of the image is measured, or with `full` all outputs.
     """
     total = images[0, 0].numel()
+    make_split, numbers = sparse_split, total
     if pixels == "anywhere":
-        order = fixed_order(seed, indices, total + 2 * int(total * input_ratio)).to(images.device)
-        split = off_grid_split(images, input_ratio, None, order=order)
-    else:
-        order = fixed_order(seed, indices, total).to(images.device)
-        split = sparse_split(images, input_ratio, None, order=order)
+        make_split, numbers = off_grid_split, total + 2 * int(total * input_ratio)
+    order = fixed_order(seed, indices, numbers).to(images.device)
+    split = make_split(images, input_ratio, None, order=order)
     missing = split["output_indices"].shape[1]
-    split["n_out"] = missing if full else min(missing, total // 5)
-    return split
-
-
-def where(split):
-    """A split's coordinates and input values, as arguments of the samplers."""
-    return {key: split[key] for key in ("output_coords", "input_coords", "input_values")}
+    return split, missing if full else min(missing, total // 5)
 
 
 def assemble(split, values=None):
-    """Images (B, C, H, W) in [-1, 1]: the input pixels of a split, and values (B, N, C) at its
-    first N outputs; grey elsewhere."""
-    image = torch.zeros_like(split["full_image"]).flatten(2).mT            # (B, H * W, C)
-    image = image.scatter(1, split["input_indices"][..., None].expand_as(split["input_values"]),
-                          split["input_values"])
+    """Images (B, C, H, W) in [0, 1]: the input pixels, and values (B, N, C) in [-1, 1] at the first
+    N outputs; grey elsewhere."""
+    image = torch.zeros_like(split["full_image"]).flatten(2)               # (B, C, H * W)
+
+    def put(indices, values):
+        image.scatter_(2, indices[:, None].expand_as(values.mT), values.mT)
+
+    put(split["input_indices"], split["input_values"])
     if values is not None:
-        indices = split["output_indices"][:, :values.shape[1], None].expand_as(values)
-        image = image.scatter(1, indices, values.clamp(-1, 1))
-    return image.mT.view_as(split["full_image"])
+        put(split["output_indices"][:, :values.shape[1]], values)
+    return to_unit(image.view_as(split["full_image"]))
 
 
-@torch.no_grad()
-def reconstruct(model, schedule, split, sampler=None):
-    """Whole images (B, C, H, W) in [-1, 1] by each method, for a split of split_images.
-
-    sampler(model, output_coords=, input_coords=, input_values=) draws the first n_out outputs
-    jointly; the others are the one-step mean given the input and the sample. Returns {method:
-    images}, without a sample if sampler is None.
-    """
-    answers = {"one-step mean": one_step_mean(model, schedule, **where(split))}
-    if sampler:
-        coords, rest = split["output_coords"].tensor_split([split["n_out"]], dim=1)
-        sample = sampler(model, **where(split | dict(output_coords=coords))).clamp(-1, 1)
-        if rest.shape[1]:
-            known = (torch.cat([split["input_coords"], coords], dim=1),
-                     torch.cat([split["input_values"], sample], dim=1))
-            sample = torch.cat([sample, one_step_mean(model, schedule, rest, *known)], dim=1)
-        answers["sample"] = sample
-    answers |= {"kriging": kriging(split), "inverse distance": inverse_distance(split),
-                "nearest": nearest(split)}
-    return {name: assemble(split, values) for name, values in answers.items()}
-
-
-def evaluate_field(model, schedule, images, sampler=None, seed=0, batch=25, **options):
+def evaluate_field(model, schedule, images, draw=None, batch=25, **options):
     """{method: {"mse", "mae", "psnr", "ssim"}} over images uint8 (N, C, H, W), values in [0, 1].
 
     MSE and MAE are over the measured pixels, PSNR is that of the mean MSE, SSIM is of whole images
-    with the input pixels kept. sampler: see reconstruct. options: those of split_images.
+    with the input pixels kept. draw: see reconstruct. options: seed, input_ratio, full and pixels,
+    see split_images.
     """
-    sums = {}
+    figures = {}
     for indices in torch.arange(len(images)).split(batch):
-        split = split_images(images[indices], indices, seed, **options)
+        split, n_out = split_images(images[indices], indices, **options)
         truth = to_unit(split["full_image"])
-        places = split["output_indices"][:, None, :split["n_out"]]
-        for name, image in reconstruct(model, schedule, split, sampler).items():
-            image = to_unit(image)
-            error = (image - truth).flatten(2).take_along_dim(places, dim=2).cpu().double()
-            each = [error.square().mean(), error.abs().mean(), ssim(image, truth).mean()]
-            sums[name] = sums.get(name, 0) + len(indices) * torch.tensor(each)
-    means = {name: (total / len(images)).tolist() for name, total in sums.items()}
-    return {name: dict(mse=mse, mae=mae, psnr=psnr(mse), ssim=similarity)
-            for name, (mse, mae, similarity) in means.items()}
+        for method, values in reconstruct(model, schedule, split, draw, n_out).items():
+            error = to_unit(values) - to_unit(split["output_values"])
+            error = error[:, :n_out].double()
+            similarity = ssim(assemble(split, values), truth)
+            row = [error.square().mean((1, 2)), error.abs().mean((1, 2)), similarity]
+            figures.setdefault(method, []).append(torch.stack(row))        # (3, B)
+    results = {}
+    for method, rows in figures.items():
+        mse, mae, similarity = torch.cat(rows, dim=1).mean(dim=1).tolist()
+        results[method] = dict(mse=mse, mae=mae, psnr=psnr(mse), ssim=similarity)
+    return results
 
 
-def evaluate_samples(model, schedule, images, sampler, count, seed=0, **options):
-    """Are `count` samples of each image calibrated? images: uint8 (N, C, H, W).
+def evaluate_samples(model, schedule, images, draw, count, **options):
+    """What `count` samples of each image, uint8 (N, C, H, W), say about it.
 
-    Returns (figures, rows for image_grid). Figures, values in [0, 1]: coverage, the share of true
-    values inside the samples' central 90% (of perfect samples 29/33 = 0.88 for a count of 32);
-    spread, their mean standard deviation; psnr_mean, the PSNR of their mean. The rows, of the
-    first 4 images: two samples, mean, truth, standard deviation, error of the mean.
+    Returns (figures, rows for image_grid). Figures, values in [0, 1]: coverage, the mean of
+    `covered`; spread, the mean standard deviation; psnr_mean, the PSNR of the samples' mean.
+    A row for each image: two samples, mean, truth, standard deviation, error of mean.
     """
-    sums, rows = torch.zeros(3), []
+    total, rows = 0, []
     for i, image in enumerate(images):
-        copies, indices = image.expand(count, -1, -1, -1), torch.full((count,), i)
-        split = split_images(copies, indices, seed, **options)
-        samples = to_unit(reconstruct(model, schedule, split, sampler)["sample"])
-        truth, mean, std = to_unit(split["full_image"][0]), samples.mean(0), samples.std(0)
-        rank = ((samples < truth).sum(0) + (samples <= truth).sum(0)) / (2 * count)  # 0 to 1
-        inside = ((rank >= 0.05) & (rank <= 0.95)).float()
-        figures = torch.stack([inside, std, (mean - truth).square()]).flatten(2)    # (3, C, H * W)
-        places = split["output_indices"][0, :split["n_out"]]
-        sums += figures[..., places].mean((1, 2)).cpu()
-        if i < 4:
-            rows.append([*samples[:2], mean, truth, heat(std, 0.25), heat(mean - truth, 0.25)])
-    coverage, spread, mse = (sums / len(images)).tolist()
+        copies = image.expand(count, -1, -1, -1)
+        split, n_out = split_images(copies, torch.full((count,), i), **options)
+        values = reconstruct(model, schedule, split, draw, n_out)["sample"]
+        samples, truth = assemble(split, values), to_unit(split["full_image"][0])
+        mean = samples.mean(dim=0)
+        std = samples.std(dim=0)
+        error = mean - truth
+        rows.append([*samples[:2], mean, truth, heat(std, 0.25), heat(error, 0.25)])
+        figures = torch.stack([covered(samples, truth), std, error.square()])
+        places = split["output_indices"][0, :n_out]
+        total += figures.flatten(2)[:, :, places].mean(dim=(1, 2))
+    coverage, spread, mse = (total / len(images)).tolist()
     return dict(coverage=coverage, spread=spread, psnr_mean=psnr(mse)), rows
 
 
 # -------------------------------------------------------------------------------------- pictures
 def draw_field(split, answers):
-    """Input pixels, kriging, one-step mean, sample, truth, error of the mean; PSNR below."""
-    truth, rows, captions = split["full_image"], [], []
-    images = [answers[name] for name in ("kriging", "one-step mean", "sample")]
-    for i, given in enumerate(assemble(split)):
-        row = [given, *(image[i] for image in images), truth[i]]
-        rows.append([*map(to_unit, row), heat((images[1][i] - truth[i]) / 2)])
-        mse = [(image[i] - truth[i]).square().mean().item() / 4 for image in images]
-        captions.append(["", *(f"{psnr(x):.1f} dB" for x in mse), "", "white: 0.5"])
-    labels = ["input pixels", "kriging", "one-step mean", "sample", "truth", "error of mean"]
+    """Input pixels, three answers, truth, error of mean; PSNR below. answers: of reconstruct."""
+    methods = ["kriging", "one-step mean", "sample"]
+    columns = [assemble(split, answers[method]) for method in methods]
+    truths = to_unit(split["full_image"])
+    rows, captions = [], []
+    for given, truth, *images in zip(assemble(split), truths, *columns):
+        rows.append([given, *images, truth, heat(images[1] - truth)])
+        mses = [(image - truth).square().mean().item() for image in images]
+        captions.append(["", *(f"{psnr(mse):.1f} dB" for mse in mses), "", "white: 0.5"])
+    labels = ["input pixels", *methods, "truth", "error of mean"]
     return image_grid(rows, labels, captions=captions)
 
 
 def draw_fine(model, schedule, split, scale):
-    """The field on a grid `scale` times as fine, beside the input and the truth (bicubic)."""
+    """The field on a grid `scale` times as fine, between the input and the truth."""
     truth = split["full_image"]
-    size = [scale * n for n in truth.shape[2:]]
-    y, x = torch.meshgrid(*(torch.linspace(0, 1, n) for n in size), indexing="ij")
-    coords = torch.stack([x, y], -1).view(1, -1, 2).to(truth).expand(len(truth), -1, -1)
-    fine = one_step_mean(model, schedule, **where(split | dict(output_coords=coords)))
-    given = F.interpolate(assemble(split), scale_factor=scale)
-    smooth = F.interpolate(truth, size=size, mode="bicubic", align_corners=True)
-    rows = [[to_unit(x) for x in row] for row in zip(given, fine.mT.unflatten(2, size), smooth)]
-    return image_grid(rows, ["input pixels", f"model x{scale}", "truth, bicubic"],
-                      zoom=max(1, 6 // scale))
+    size = scale * truth.shape[2], scale * truth.shape[3]
+    coords = grid_coords(*size).to(truth).expand(len(truth), -1, -1)
+    fine = one_step_mean(model, schedule, coords, split["input_coords"], split["input_values"])
+    fine = to_unit(fine.mT.unflatten(2, size))
+    columns = [assemble(split), fine, to_unit(truth)]
+    labels = ["input pixels", f"model x{scale}", "truth"]
+    return image_grid(list(zip(*columns)), labels, zoom=scale * max(1, 6 // scale))
 
 
 def animate(split, frames, path):
-    """A GIF of three images: x_t above, the prediction x_0_hat below, at most 50 of the steps."""
+    """A GIF of three images: x_t above, the prediction x_0_hat below, at most 50 of the steps.
+
+    frames: (t, x_t, x_0_hat) of each step. The last one stays for a while.
+    """
     pictures = []
-    for t, *values in [*frames[::max(1, len(frames) // 25)], *[frames[-1]] * 10]:
-        rows = [list(to_unit(assemble(split, x)[:3])) for x in values]
-        picture = image_grid(rows, [f"t = {t}"], ["x_t", "prediction"], zoom=3)
-        pictures.append(picture.quantize(64))
+    for t, *values in frames[::max(1, len(frames) // 25)] + frames[-1:] * 10:
+        rows = [assemble(split, x)[:3] for x in values]
+        pictures.append(image_grid(rows, [f"t = {t}"], ["x_t", "prediction"], zoom=3).quantize(64))
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=120, loop=0)
     print(f"animation: {path}")
 
 
-def report_field(model, schedule, images, folder, name, sampler, args):
+# --------------------------------------------------------------------------------------- reports
+def report_field(model, schedule, images, folder, name, seed=0, input_ratio=0.2, num_steps=50,
+                 eta=0.0, sampler="ddim", samples=None, full=False, scale=1, gif=False,
+                 pixels="grid"):
     """Print the table of evaluate_field, draw the pictures, return {method: figures}.
 
-    images: uint8 (N, C, H, W). sampler: see reconstruct. args: the flags of this script.
+    images: uint8 (N, C, H, W), called `name`. samples: how many for evaluate_samples, if any.
     """
-    options = dict(seed=args.seed, input_ratio=args.input_ratio, full=args.full, pixels=args.pixels)
-    results, frames = evaluate_field(model, schedule, images, sampler, **options), []
-    split = split_images(images[:6], torch.arange(len(images[:6])), **options)
-    record = partial(sampler, on_step=lambda *step: frames.append(step))
-    pictures = {"samples.png": draw_field(split, reconstruct(model, schedule, split, record))}
+    generator = torch.Generator().manual_seed(seed)
+    options = dict(seed=seed, input_ratio=input_ratio, full=full, pixels=pixels)
+
+    def draw(*where, on_step=None):
+        if sampler == "ddpm":
+            return ddpm_sample(model, schedule, *where, generator, on_step)
+        return ddim_sample(model, schedule, *where, num_steps, eta, generator, on_step)
+
+    def draw_and_record(*where):
+        return draw(*where, on_step=lambda *step: frames.append(step))
+
+    results = evaluate_field(model, schedule, images, draw, **options)
+    split, n_out = split_images(images[:6], torch.arange(len(images))[:6], **options)
+    frames = []
+    answers = reconstruct(model, schedule, split, draw_and_record, n_out)
+    pictures = {"samples.png": draw_field(split, answers)}
     print(f"{name}: {len(images):,} images, {split['input_indices'].shape[1]} pixels given, "
-          f"{split['n_out']} measured, sample in {len(frames)} steps, mask seed {args.seed}\n"
-          f"{'':18}{'MSE':>10}{'MAE':>10}{'PSNR dB':>10}{'SSIM':>10}")
+          f"{n_out} measured, sample in {len(frames)} steps, mask seed {seed}")
+    print(f"{'':18}{'MSE':>10}{'MAE':>10}{'PSNR dB':>10}{'SSIM':>10}")
     for method, row in results.items():
         print(f"{method:18}{row['mse']:10.5f}{row['mae']:10.5f}{row['psnr']:10.2f}"
               f"{row['ssim']:10.4f}")
-    if args.samples:
-        row, rows = evaluate_samples(model, schedule, images, sampler, args.samples, **options)
+    if samples:
+        row, rows = evaluate_samples(model, schedule, images, draw, samples, **options)
         results["samples"] = row
-        print(f"{args.samples} samples per image: {row['coverage']:.1%} of the true values in the "
+        print(f"{samples} samples per image: {row['coverage']:.1%} of the true values in the "
               f"central 90%, standard deviation {row['spread']:.4f}, PSNR of their mean "
               f"{row['psnr_mean']:.2f} dB")
         labels = ["sample 1", "sample 2", "mean", "truth", "std. deviation", "error of mean"]
-        pictures["spread.png"] = image_grid(rows, labels, zoom=3)
-    if args.scale > 1:
-        pictures["scale.png"] = draw_fine(model, schedule, split, args.scale)
+        pictures["spread.png"] = image_grid(rows[:4], labels, zoom=3)
+    if scale > 1:
+        pictures["scale.png"] = draw_fine(model, schedule, split, scale)
     save_pictures(folder, pictures)
-    if args.gif:
+    if gif:
         animate(split, frames, folder / "denoising.gif")
     return results
 
 
-# ----------------------------------------------------------------------------------- photographs
-@torch.no_grad()
-def restore(image, known, answer, side=32):
-    """Fill the missing pixels of a picture of any size, in windows that overlap by one half.
-
-    image: (C, H, W) in [-1, 1]. known: bool (H, W), the given pixels. answer(split) -> (B, N, C):
-    values for the outputs of a sparse_split of windows, such as kriging. They are clamped to
-    [-1, 1] and averaged with the weight sin^2, which falls to 0 towards a window's edge.
-    Windows with fewer than a quarter of the given pixels of the best unfinished one wait for a
-    later pass, where pixels already restored count as given: holes are filled from their rim.
-    Returns (C, H, W); the given pixels are unchanged. Raises ValueError if no pixel is given.
-    """
-    if not known.any():
-        raise ValueError("no pixel of the picture is given: there is nothing to restore it from")
-    (channels, height, width), pixels, stride = image.shape, side * side, side // 2
-    # k + 1 windows take side + k * stride pixels: the picture is mirrored up to the next such size
-    rows, columns = (np.pad(np.arange(n), (0, (side - n) if n < side else (side - n) % stride),
-                            "symmetric") for n in (height, width))
-    index = torch.from_numpy(rows[:, None] * width + columns).to(image.device)
-    windows = index.unfold(0, side, stride).unfold(1, side, stride).reshape(-1, pixels)
-    ramp = torch.sin(math.pi * (torch.arange(side, device=image.device) + 0.5) / side) ** 2
-    weight = (ramp[:, None] * ramp).flatten()
-    image, known = image.flatten(1), known.flatten()
-    while not known.all():
-        counts = known[windows].sum(1)
-        counts[counts == pixels] = 0  # complete: nothing to do
-        ready = counts >= max(1, counts.max() / 4)
-        total = image.new_zeros(channels + 1, len(known))  # weighted sum, sum of weights
-        done = 0
-        for count in counts[ready].unique().tolist():
-            for some in windows[counts == count].split(16):
-                content = image[:, some].transpose(0, 1)                     # (B, C, pixels)
-                # given pixels come first in the order, and int(pixels * ratio) is their count
-                ratio = (count + 0.5) / pixels
-                split = sparse_split(content.unflatten(2, (side, side)), ratio, None,
-                                     order=(~known[some]).float())
-                values = F.pad(assemble(split, answer(split)).flatten(2), (0, 0, 0, 1), value=1)
-                total.index_add_(1, some.flatten(), (values * weight).transpose(0, 1).flatten(1))
-                done += len(some)
-                if sys.stdout.isatty():
-                    print(f"{done:,} of {ready.sum():,} windows", end="\x1b[K\r", flush=True)
-        filled = ~known & (total[-1] > 0)
-        image = torch.where(filled, total[:-1] / total[-1].clamp(min=1e-12), image)
-        known = known | filled
-    return image.view(channels, height, width)
-
-
-def report_picture(model, schedule, image, known, has_truth, folder):
+def report_picture(model, schedule, path, folder, mask=None, input_ratio=0.2, seed=0):
     """Restore a picture, print a table, write restored.png and comparison.png to the folder.
 
-    image, known, has_truth: of load_picture. restored.png is the one-step mean. Returns
-    {method: {"psnr"}}, in dB over the missing pixels; {} without has_truth.
+    Arguments are those of load_picture. restored.png is the one-step mean. Returns
+    {method: {"psnr"}}, in dB over the missing pixels; {} if the truth is not known.
     """
+    def mean(*where):
+        return one_step_mean(model, schedule, *where)
+
+    def krige(*where):
+        return kriging(*where, covariance)
+
+    covariance = exponential_covariance(model.side)
     device = schedule.betas.device
-    truth, known = to_signed(image.to(device)), known.to(device)
-    given, results = truth * known, {}
-    print(f"{known.sum():,} of {known.numel():,} pixels given")
-    columns, captions = {"given": given}, [f"{known.float().mean():.0%} of the pixels"]
-    methods = {"nearest": nearest, "kriging": kriging, "one-step mean": lambda split:
-               one_step_mean(model, schedule, **where(split))}
-    for name, method in methods.items():
-        columns[name] = restore(given, known, method, model.side)
+    image, input_mask, has_truth = load_picture(path, len(model.colours), mask, input_ratio, seed)
+    image, input_mask = to_signed(image.to(device)), input_mask.to(device)
+    print(f"{input_mask.sum():,} of {input_mask.numel():,} pixels given")
+    given, truth = image * input_mask, to_unit(image)
+    images, labels, results = [to_unit(given)], ["given"], {}
+    for name, answer in (("nearest", nearest), ("kriging", krige), ("one-step mean", mean)):
+        restored = to_unit(restore(given, input_mask, answer, model.side))
         if has_truth:
-            mse = ((columns[name] - truth)[:, ~known] / 2).square().mean().item()
-            results[name] = dict(psnr=psnr(mse))
-            captions.append(f"{psnr(mse):.2f} dB")
-            print(f"{name:18}{captions[-1]:>10}", flush=True)
-    columns |= {"truth": truth} if has_truth else {}
-    captions += [""] * (len(columns) - len(captions))
-    comparison = image_grid([[to_unit(x) for x in columns.values()]], list(columns),
-                            captions=[captions], zoom=max(1, 256 // max(known.shape)))
-    restored = ((columns["one-step mean"] + 1) * 127.5).round().byte().cpu()
-    restored = Image.fromarray(restored.permute(1, 2, 0).expand(-1, -1, 3).numpy())
+            error = (restored - truth)[:, ~input_mask]
+            results[name] = dict(psnr=psnr(error.square().mean().item()))
+            name = f"{name:14}{results[name]['psnr']:6.2f} dB"
+        print(name, flush=True)
+        images.append(restored)
+        labels.append(name)
+    picture = to_picture(restored)  # the last one
     if (given == given[:1]).all():
-        restored = restored.convert("L")  # grey stays grey
-    save_pictures(folder, {"restored.png": restored, "comparison.png": comparison})
+        picture = picture.convert("L")  # grey stays grey
+    if has_truth:
+        images.append(truth)
+        labels.append("truth")
+    comparison = image_grid([images], labels, zoom=max(1, 256 // max(input_mask.shape)))
+    save_pictures(folder, {"restored.png": picture, "comparison.png": comparison})
     return results
 
 
 # ----------------------------------------------------------------------------------- checkpoints
+SHIPPED = Path(__file__).resolve().parent / "assets" / "nf_medium.pt"
+KEYS = ("kind", "config", "settings", "schedule", "data", "step")  # beside "model", the weights
+
+
 def load_checkpoint(path, device="cpu"):
     """A checkpoint of train.py, loaded without running code in it: (model, the whole dict).
 
@@ -331,17 +389,20 @@ def load_checkpoint(path, device="cpu"):
     """
     with open(path, "rb") as file:
         try:
-            if (damaged := zipfile.ZipFile(file).testzip()) is not None:  # torch.load does not look
+            damaged = zipfile.ZipFile(file).testzip()  # torch.load does not look at checksums
+            if damaged is not None:
                 raise ValueError(f"{damaged} is damaged")
             file.seek(0)
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
             kind, config, *_ = (checkpoint[key] for key in KEYS)
             DiffusionSchedule(**checkpoint["schedule"])  # refuses unknown schedules here
             weights = {name: value.float() for name, value in checkpoint["model"].items()}
-            if kind not in ("nf", "dae", "ae"):
+            if kind == "nf":
+                model = NFDenoiser(weights["alphas_cumprod"], **config)
+            elif kind in ("dae", "ae"):
+                model = DenoisingAutoencoder(**config)
+            else:
                 raise ValueError("it holds another kind of model")
-            model = (NFDenoiser(weights["alphas_cumprod"], **config) if kind == "nf"
-                     else DenoisingAutoencoder(**config))
             model.load_state_dict(weights)
         except Exception as problem:  # a foreign or damaged file can fail in any way
             reason = f"{type(problem).__name__}: {str(problem).strip()}".split("\n")[0][:150]
@@ -365,10 +426,12 @@ def save_checkpoint(path, checkpoint):
 
 
 def export(model, checkpoint, path):
-    """Write the model alone: weights in half precision, one half of the symmetric covariance."""
-    weights = checkpoint["model"] | {name: p.detach().half().cpu()
-                                     for name, p in model.named_parameters()}
-    save_checkpoint(path, {key: checkpoint[key] for key in KEYS} | dict(model=weights))
+    """Write what sampling needs: KEYS, and the weights in half precision."""
+    weights = dict(checkpoint["model"])
+    for name, p in model.named_parameters():
+        weights[name] = p.detach().half().cpu()
+    exported = {key: checkpoint[key] for key in KEYS}
+    save_checkpoint(path, {**exported, "model": weights})
     print(f"exported: {path}")
 
 
@@ -380,6 +443,14 @@ def pick_device(name):
     except Exception as problem:  # each kind of device has its own
         reason = str(problem).splitlines()[0]
         raise ValueError(f"--device {name} cannot be used: {reason}") from None
+
+
+def write_json(path, checkpoint, data, methods, **more):
+    """Write figures, {method: figures}, and where they come from."""
+    figures = dict(checkpoint=str(checkpoint), data=str(data), **more, methods=methods)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(figures, indent=1) + "\n")
+    print(f"figures: {path}")
 
 
 # ------------------------------------------------------------------------------------------ main
@@ -404,6 +475,8 @@ def parse_arguments(argv):
     add("--seed", type=between(0, 2**31 - 1), default=0, help="seed of masks and noise")
     add("--input-ratio", type=between(0.0001, 0.9999, float), default=0.2,
         help="share of the pixels that is given")
+    add("--pixels", choices=["grid", "anywhere"],
+        help="where the input lies (default: what the model was trained on)")
     add("--samples", type=between(2, 1000), metavar="K", help="measure the spread of K samples")
     add("--full", action="store_true", help="sample all missing pixels jointly")
     add("--scale", type=between(1, 16), default=1, help="draw on a grid this many times as fine")
@@ -416,7 +489,6 @@ def parse_arguments(argv):
         help="measure on the first N test images (1,000 if N is left out)")
     add("--export", type=Path, metavar="FILE", help="write the weights alone, in half precision")
     add("--json", type=Path, metavar="FILE", help="write the figures of the table to FILE")
-    add("--pixels", choices=["grid", "anywhere"], help="default: what the model was trained on")
     add("--data", help="default: what the model was trained on")
     add("--data-dir", type=Path, default=Path("data"), help="folder of the data sets")
     add("--out", type=Path, default=Path("out"), help="folder for everything that is written")
@@ -429,65 +501,66 @@ def parse_arguments(argv):
     if args.size and args.mask:
         parser.error("--size takes a complete picture: no --mask")
     args.sampling = any([args.sampler, args.steps, args.eta, args.samples, args.full, args.gif,
-                         args.scale > 1])
+                         args.scale > 1, args.pixels])
     if args.image and not args.size and args.sampling:
         parser.error("--image draws no samples: add --size 32 to see its middle as they do")
     return args
 
 
+def report_test_images(model, schedule, checkpoint, args):
+    """Measure on test images, or on the middle square of --image: (name, images, figures)."""
+    config, settings = checkpoint["config"], checkpoint["settings"]
+    channels, side = config.get("channels", 1), config.get("side", 28)
+    name, folder = args.image, args.out / checkpoint["kind"]
+    if name:
+        images = square_picture(open_picture(name), channels, args.size)[None]
+    else:
+        shipped = args.checkpoint.resolve() == SHIPPED  # it must work without a network
+        wanted = args.data or ("auto" if shipped else checkpoint["data"])
+        real = "cifar10" if channels == 3 else "mnist"
+        name, images, _ = load_dataset(wanted, args.data_dir, train=False, real=real)
+    if images.shape[1:] != (channels, side, side):
+        raise ValueError(f"{args.checkpoint} takes images of {channels} x {side} x {side}, and "
+                         f"those of {name} are {tuple(images.shape[1:])}")
+    images = images.to(args.device)
+    if checkpoint["kind"] != "nf":
+        return name, images, report_autoencoder(model, images, folder, settings["noise"])
+    images = images[:args.evaluate]
+    pixels = args.pixels or settings.get("pixels", "grid")
+    figures = report_field(model, schedule, images, folder, name, args.seed, args.input_ratio,
+                           args.steps or 50, args.eta, args.sampler, args.samples, args.full,
+                           args.scale, args.gif, pixels)
+    return name, images, figures
+
+
 def main(argv=None):
     args = parse_arguments(argv)
+    torch.set_flush_denormal(True)  # weights of far pixels are below 1e-38, and CPUs slow at that
     start = time.time()
-    device = pick_device(args.device)
-    path = args.checkpoint or SHIPPED
-    if not args.checkpoint and not args.image:
-        path = max(args.out.rglob("checkpoint.pt"), key=os.path.getmtime, default=SHIPPED)
-    if path == SHIPPED and not path.exists():
+    args.device = pick_device(args.device)
+    if not args.checkpoint:
+        trained = [] if args.image else args.out.rglob("checkpoint.pt")
+        args.checkpoint = max(trained, key=os.path.getmtime, default=SHIPPED)
+    if args.checkpoint == SHIPPED and not SHIPPED.exists():
         raise ValueError(f"no checkpoint below {args.out}: train one with python train.py")
-    model, checkpoint = load_checkpoint(path, device)
-    kind, config = checkpoint["kind"], checkpoint["config"]
-    print(f"{path}: {kind}, {checkpoint['step']:,} steps on {checkpoint['data']}")
+    model, checkpoint = load_checkpoint(args.checkpoint, args.device)
+    kind = checkpoint["kind"]
+    print(f"{args.checkpoint}: {kind}, {checkpoint['step']:,} steps on {checkpoint['data']}")
     if args.export:
         return export(model, checkpoint, args.export)
     if kind != "nf" and (args.image or args.sampling):
-        raise ValueError(f"{path} is an autoencoder, and these flags are for a neural field: give "
-                         f"the path of its checkpoint")
-    schedule = DiffusionSchedule(**checkpoint["schedule"]).to(device)
-    sampler = partial(ddim_sample, num_steps=args.steps or 50, eta=args.eta)
-    if args.sampler == "ddpm":
-        sampler = ddpm_sample
-    sampler = partial(sampler, schedule=schedule,
-                      generator=torch.Generator().manual_seed(args.seed))
-
-    folder, name, images = args.out / kind, args.image, [args.image]
-    channels, side = config.get("channels", 1), config.get("side", 28)
+        raise ValueError(f"{args.checkpoint} is an autoencoder, and these flags are for a neural "
+                         f"field: give the path of its checkpoint")
+    schedule = DiffusionSchedule(**checkpoint["schedule"]).to(args.device)
     if args.image and not args.size:
-        problem = load_picture(args.image, channels, args.mask, args.input_ratio, args.seed)
-        results = report_picture(model, schedule, *problem, folder)
+        name, images = args.image, [args.image]
+        figures = report_picture(model, schedule, args.image, args.out / kind, args.mask,
+                                 args.input_ratio, args.seed)
     else:
-        if args.image:
-            images = square_picture(open_picture(args.image), channels, args.size)[None]
-        else:
-            wanted = args.data or ("auto" if path.resolve() == SHIPPED else checkpoint["data"])
-            real = "cifar10" if channels == 3 else "mnist"
-            name, images, _ = load_dataset(wanted, args.data_dir, train=False, real=real)
-        if images.shape[1:] != (channels, side, side):
-            raise ValueError(f"{path} takes images of {channels} x {side} x {side}, and those of "
-                             f"{name} are {tuple(images.shape[1:])}")
-        if kind == "nf":
-            args.pixels = args.pixels or checkpoint["settings"].get("pixels", "grid")
-            images = images[:args.evaluate].to(device)
-            results = report_field(model, schedule, images, folder, name, sampler, args)
-        else:
-            results = report_autoencoder(model, images.to(device), folder,
-                                         checkpoint["settings"]["noise"])
+        name, images, figures = report_test_images(model, schedule, checkpoint, args)
     if args.json:
-        figures = dict(checkpoint=str(path), data=str(name), images=len(images), seed=args.seed,
-                       methods=results)
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(figures, indent=1) + "\n")
-        print(f"figures: {args.json}")
-    print(f"{time.time() - start:.0f} s on {device}")
+        write_json(args.json, args.checkpoint, name, figures, images=len(images), seed=args.seed)
+    print(f"{time.time() - start:.0f} s on {args.device}")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 import traceback
 import tracemalloc
@@ -1351,8 +1352,8 @@ def test_a_red_pixel_stays_in_its_row_and_column():
     image[0, :, 1, 4] = torch.tensor([1.0, 0, 0])  # red in row 1, column 4
     split = data.sparse_split(image, 0.5, None, generator=seeded())
     part = sample.assemble(split)
-    assert (part != 0).any(1).sum() == 17  # of 35; the others are grey, 0
-    assert torch.equal(sample.assemble(split, split["output_values"]), image)
+    assert (part != 0.5).any(1).sum() == 17  # of 35; the others are grey
+    assert torch.equal(data.to_signed(sample.assemble(split, split["output_values"])), image)
 
 
 def box(picture, colour):
@@ -2496,104 +2497,207 @@ def test_ddpm_sample_takes_all_steps():
     assert torch.equal(got, expected) and len(told) == 20
 
 
-def test_classical_methods():
+def test_nearest_and_inverse_distance_by_hand():
     coords, values = torch.tensor([[[0.0, 0.0], [1.0, 0.0]]]), torch.tensor([[[1.0], [3.0]]])
     query = torch.tensor([[[0.2, 0.0], [0.9, 0.1], [0.5, 0.7]]])
-    split = dict(output_coords=query, input_coords=coords, input_values=values)
-    close(sample.nearest(split), [[[1.0], [3.0], [1.0]]], 0)
-    got = sample.inverse_distance(split, power=2)
+    close(sample.nearest(query, coords, values), [[[1.0], [3.0], [1.0]]], 0)
+    got = sample.inverse_distance(query, coords, values, power=2)
     close(got[0, 0], [(1 / 0.04 + 3 / 0.64) / (1 / 0.04 + 1 / 0.64)], 1e-5)
     close(got[0, 2], [2.0], 1e-5)
-    split["output_coords"] = torch.cat([query, coords], 1)
-    got = sample.inverse_distance(split)  # power 4
-    close(got[0, [0, 3, 4], 0], [(256 + 3) / (256 + 1), 1, 3], 1e-5)
-    split = data.sparse_split(data.make_leaves(1, 3)[0], 0.1, None)
-    K = nf_denoiser.exponential_covariance(32).double().numpy()
-    x_in = split["input_values"][0, :, 1].double().numpy()
-    W = bilinear_weights(split["input_coords"][0], 32, 32)
-    image = numpy_posterior(K, W, x_in - x_in.mean(), np.full(len(x_in), 1e-3)) + x_in.mean()
-    close(sample.kriging(split)[0, :, 1], image[split["output_indices"][0].numpy()], 1e-3)
+    query[:, 1:] = coords  # the inputs themselves
+    got = sample.inverse_distance(query, coords, values)  # power 4
+    close(got[0, :, 0], [(256 + 3) / (256 + 1), 1, 3], 1e-5)
 
 
-def sampler(sched, seed=0, **options):
-    g = seeded(seed)
-    return functools.partial(nf_denoiser.ddim_sample, schedule=sched, generator=g, **options)
+def test_kriging_against_numpy():
+    for side in (32, 8):
+        images = data.make_leaves(1, 3)[0][..., :side, :side]
+        split = data.sparse_split(images, 0.1, None)
+        K = nf_denoiser.exponential_covariance(side)
+        where = split["output_coords"], split["input_coords"], split["input_values"]
+        W = bilinear_weights(split["input_coords"][0], side, side)
+        outputs = split["output_indices"][0].numpy()
+        for c in range(3):
+            x_in = split["input_values"][0, :, c].double().numpy()
+            noise_ = np.full(len(x_in), 1e-3)
+            image = numpy_posterior(K.double().numpy(), W, x_in - x_in.mean(), noise_) + x_in.mean()
+            close(sample.kriging(*where, K)[0, :, c], image[outputs], 1e-3)
 
 
-def test_every_column_of_the_table_worked_out_again():
-    images, sched, asked = data.make_leaves(5, 7)[0], schedule.DiffusionSchedule(20), []
-    answer = lambda coords: torch.cat([coords, coords[..., :1]], 2) * 3 - 1  # partly above 1
+def drawing(model, sched, seed=0, **options):
+    """draw(output_coords, input_coords, input_values, on_step=None) by DDIM."""
+    generator = seeded(seed)
 
-    def spy(*given):
-        asked.append(given)
-        return answer(given[1])
+    def draw(*where, on_step=None):
+        return nf_denoiser.ddim_sample(model, sched, *where, generator=generator, on_step=on_step,
+                                       **options)
+    return draw
 
-    draw = sampler(sched, num_steps=2)
-    table = sample.evaluate_field(spy, sched, images, draw, seed=3, batch=2)
+
+def where(split):
+    return split["output_coords"], split["input_coords"], split["input_values"]
+
+
+def coordinates_as_colours(x_t, output_coords, *_):
+    """A stand-in for a model, whose answers are partly above 1."""
+    return torch.cat([output_coords, output_coords[..., :1]], 2) * 3 - 1
+
+
+def test_every_row_of_the_table_worked_out_again():
+    images, sched, answer = data.make_leaves(5, 7)[0], schedule.DiffusionSchedule(20), \
+        coordinates_as_colours
+    draw = drawing(answer, sched, num_steps=2)
+    table = sample.evaluate_field(answer, sched, images, draw, seed=3, batch=2)
     assert list(table) == ["one-step mean", "sample", "kriging", "inverse distance", "nearest"]
     split = data.sparse_split(images, 0.2, None, order=data.fixed_order(3, torch.arange(5), 1024))
     coords, places, truth = split["output_coords"], split["output_indices"], split["full_image"]
-    plain, mirrored = answer(coords), coords * torch.tensor([-1.0, 1]) + torch.tensor([1.0, 0])
-    mean = (plain + answer(mirrored)) / 2
+    mirrored = coords * torch.tensor([-1.0, 1]) + torch.tensor([1.0, 0])
+    plain = answer(None, coords)
+    mean = (plain + answer(None, mirrored)) / 2
+    K = nf_denoiser.exponential_covariance(32)
     answers = {"one-step mean": mean, "sample": torch.cat([plain[:, :204], mean[:, 204:]], 1),
-               "kriging": sample.kriging(split), "nearest": sample.nearest(split),
-               "inverse distance": sample.inverse_distance(split)}
+               "kriging": sample.kriging(*where(split), K), "nearest": sample.nearest(*where(split)),
+               "inverse distance": sample.inverse_distance(*where(split))}
     for name, values in answers.items():
         index = places[:, None].expand(-1, 3, -1)
         image = truth.flatten(2).scatter(2, index, values.clamp(-1, 1).mT).view_as(truth)
-        measured = places[:, None, :204].expand(-1, 3, -1)
+        measured = index[:, :, :204]
         error = (image - truth).flatten(2).gather(2, measured).double() / 2
-        row = table[name]
-        close(row["mse"], error.square().mean(), 1e-6)
-        close(row["mae"], error.abs().mean(), 1e-6)
-        close(row["psnr"], -10 * error.square().mean().log10(), 1e-3)
-        close(row["ssim"], sample.ssim(image / 2 + 0.5, truth / 2 + 0.5).mean(), 1e-5)
-    # The input pixels are given as they are, and the rest of the image sees the sample.
-    asked.clear()
-    split = sample.split_images(images, torch.arange(5), 3)
-    image = sample.reconstruct(spy, sched, split, draw)["sample"]
-    given = split["input_values"]
-    assert split["n_out"] == 204 and all(torch.equal(c[4][:, :204], given) for c in asked)
-    rest = asked[4]
-    assert [call[0] is None for call in asked] == [1, 1, 0, 0, 1, 1] and (rest[2] == 19).all()
-    assert rest[1].shape[1] == 616 and rest[3].shape[1] == 408
-    close(rest[4][:, 204:], answer(coords[:, :204]).clamp(-1, 1), 1e-6)
-    chosen = split["input_indices"][:, None].expand(-1, 3, -1)
-    assert torch.equal(image.flatten(2).gather(2, chosen), truth.flatten(2).gather(2, chosen))
-    asked.clear()
-    split = sample.split_images(images, torch.arange(5), 3, full=True)
-    all_steps = functools.partial(nf_denoiser.ddpm_sample, schedule=sched)
-    sample.reconstruct(spy, sched, split, all_steps)
-    assert split["n_out"] == 820 and len(asked) == 2 + 20  # all timesteps, all pixels
-    assert "sample" not in sample.reconstruct(spy, sched, split)
+        close(table[name]["mse"], error.square().mean(), 1e-6)
+        close(table[name]["mae"], error.abs().mean(), 1e-6)
+        close(table[name]["psnr"], -10 * error.square().mean().log10(), 1e-3)
+        close(table[name]["ssim"], noise.ssim(image / 2 + 0.5, truth / 2 + 0.5).mean(), 1e-5)
+
+
+def test_without_a_sampler_there_is_no_row_of_samples():
+    images, sched = data.make_leaves(2, 7)[0], schedule.DiffusionSchedule(20)
+    table = sample.evaluate_field(coordinates_as_colours, sched, images)
+    assert list(table) == ["one-step mean", "kriging", "inverse distance", "nearest"]
+
+
+def test_images_of_one_batch_or_several_have_the_same_figures():
+    images, sched = data.make_leaves(5, 7)[0], schedule.DiffusionSchedule(20)
+    for options in ({}, dict(pixels="anywhere", full=True)):
+        tables = [sample.evaluate_field(coordinates_as_colours, sched, images, batch=batch, **options)
+                  for batch in (2, 25)]
+        equal(*tables, 1e-5)
+
+
+def recorded_questions(draws, n_drawn, **options):
+    """What a model is asked while a split of 5 images is reconstructed: (split, answers, asked)."""
+    images, sched, asked = data.make_leaves(5, 7)[0], schedule.DiffusionSchedule(20), []
+
+    def model(*given):
+        asked.append(given)
+        return coordinates_as_colours(*given)
+
+    split, n_out = sample.split_images(images, torch.arange(5), 3, **options)
+    assert n_out == n_drawn
+    return split, sample.reconstruct(model, sched, split, draws(model, sched), n_out), asked
+
+
+def test_the_rest_of_the_image_is_the_mean_given_the_input_and_the_sample():
+    draws = lambda model, sched: drawing(model, sched, num_steps=2)
+    split, answers, asked = recorded_questions(draws, 204)
+    assert [x_t is None for x_t, *_ in asked] == [1, 1, 0, 0, 1, 1]
+    for _, _, _, input_coords, input_values in asked:
+        assert torch.equal(input_values[:, :204], split["input_values"])
+    for x_t, coords, *_ in asked[2:4]:  # the steps of the sampler
+        assert x_t.shape[1] == 204 and torch.equal(coords, split["output_coords"][:, :204])
+    _, coords, t, input_coords, input_values = asked[4]
+    assert (t == 19).all() and torch.equal(coords, split["output_coords"][:, 204:])
+    assert torch.equal(input_coords[:, 204:], split["output_coords"][:, :204])
+    sampled = coordinates_as_colours(None, split["output_coords"][:, :204]).clamp(-1, 1)
+    close(input_values[:, 204:], sampled, 1e-6)
+    close(answers["sample"][:, :204], sampled, 1e-6)
+
+
+def test_full_draws_all_missing_pixels_jointly():
+    def draws(model, sched):
+        return lambda *where: nf_denoiser.ddpm_sample(model, sched, *where)
+
+    split, answers, asked = recorded_questions(draws, 820, full=True)
+    assert len(asked) == 2 + 20  # the mean and its mirror image, all timesteps
+    assert all(call[1].shape[1] == 820 for call in asked)
+
+
+def test_a_split_of_images_has_the_input_where_it_is_wanted():
+    images = data.make_leaves(3, 7)[0]
+    indices = torch.tensor([7, 0, 2])
+    for ratio, n_in, n_out in ((0.2, 204, 204), (0.05, 51, 204), (0.9, 921, 103)):
+        split, count = sample.split_images(images, indices, 5, ratio)
+        order = data.fixed_order(5, indices, 1024)
+        assert torch.equal(split["input_indices"], order.argsort(1)[:, :n_in]) and count == n_out
+        split, count = sample.split_images(images, indices, 5, ratio, pixels="anywhere")
+        order = data.fixed_order(5, indices, 1024 + 2 * n_in)
+        expected = data.off_grid_split(images, ratio, None, order=order)
+        assert all(torch.equal(split[key], value) for key, value in expected.items())
+        assert count == 204 and split["output_coords"].shape[1] == 1024
+        _, count = sample.split_images(images, indices, 5, ratio, True, "anywhere")
+        assert count == 1024
+
+
+def test_the_whole_image_keeps_its_input_pixels():
+    split, _ = sample.split_images(data.make_leaves(3, 7)[0], torch.arange(3))
+    truth = data.to_unit(split["full_image"])
+    values = torch.full_like(split["output_values"], 0.5)
+    for count, image in ((0, sample.assemble(split)), (820, sample.assemble(split, values)),
+                         (100, sample.assemble(split, values[:, :100]))):
+        for i in range(3):
+            inputs, outputs = (split[f"{name}_indices"][i] for name in ("input", "output"))
+            flat = image[i].flatten(1)
+            assert torch.equal(flat[:, inputs], truth[i].flatten(1)[:, inputs])
+            assert (flat[:, outputs[:count]] == 0.75).all()
+            assert (flat[:, outputs[count:]] == 0.5).all()  # grey
+
+
+def test_covered_counts_the_middle_ranks():
+    samples = torch.arange(1.0, 21)[:, None]  # 1 to 20
+    truth = torch.tensor([0.5, 1.5, 2, 10.5, 19, 19.5, 20.5])
+    assert sample.covered(samples, truth).tolist() == [0, 1, 1, 1, 1, 1, 0]
+    one = torch.ones(4, 1)
+    assert sample.covered(one, torch.tensor([1.0])) == 1  # equal to the truth is not beside it
+    assert sample.covered(one, torch.tensor([1.1])) == 0
+
+
+def exact_model(sched, variance):
+    """The exact denoiser of pixels that are independent, N(0, variance)."""
+    def model(x_t, output_coords, t, input_coords, input_values):
+        if x_t is None:
+            return torch.zeros(*output_coords.shape[:2], 3)
+        bar = sched.alphas_cumprod[t].view(-1, 1, 1).float()
+        return variance * bar.sqrt() / (bar * variance + 1 - bar) * x_t
+    return model
 
 
 def test_coverage_of_an_exact_sampler():
-    """With an exact model of data ~ N(0, s2) samples and truth are alike."""
-    sched, s2 = schedule.DiffusionSchedule(), 0.09
-
-    def exact(x_t, output_coords, t, input_coords, input_values):
-        bar = sched.alphas_cumprod[t].view(-1, 1, 1).float()
-        x_t = torch.zeros(*output_coords.shape[:2], 3) if x_t is None else x_t
-        return s2 * bar.sqrt() / (bar * s2 + 1 - bar) * x_t
-
-    images = torch.randn(6, 3, 32, 32, generator=seeded()) * s2**0.5
-    evaluate = lambda model, *given, **more: sample.evaluate_samples(model, sched, *given, **more)
-    figures, rows = evaluate(exact, images, sampler(sched, num_steps=200), 32)
+    sched = schedule.DiffusionSchedule()
+    model = exact_model(sched, 0.09)
+    images = 0.3 * torch.randn(4, 3, 32, 32, generator=seeded())
+    draw = drawing(model, sched, num_steps=200)
+    figures, _ = sample.evaluate_samples(model, sched, images, draw, 32)
     assert abs(figures["coverage"] - 29 / 33) < 0.02, figures  # 29 of the 33 ranks are inside
     assert abs(figures["spread"] - 0.15) < 0.005, figures
     close(figures["psnr_mean"], -10 * math.log10(0.15**2 * 33 / 32), 0.2)
-    assert len(rows) == 4
-    model = lambda *given: exact(*given) * (1 + 1e-4 * given[3].shape[1])  # sees the input
-    few = [evaluate(model, images[:1], sampler(sched, num_steps=5), 4, input_ratio=ratio)
-           for ratio in (0.2, 0.1)]
-    assert few[0][0]["spread"] != few[1][0]["spread"]
-    white = lambda x_t, coords, *_: torch.full((*coords.shape[:2], 3), 2.0)
-    figures, _ = evaluate(white, 0 * images + 1, sampler(sched, num_steps=2), 4)
-    assert figures["coverage"] == 1  # samples that equal the truth are not beside it
-    grey = lambda x_t, coords, *_: torch.zeros(*coords.shape[:2], 3)
-    figures, _ = evaluate(grey, images, sampler(sched, num_steps=2), 4)
-    assert figures["spread"] < 1e-6 and figures["coverage"] < 0.1
+
+
+def test_the_figures_of_samples_are_those_of_the_measured_pixels():
+    images, sched = data.make_leaves(2, 7)[0], schedule.DiffusionSchedule(20)
+    for full, n_out in ((False, 204), (True, 512)):
+        values = torch.rand(2, 4, 512, 3, generator=seeded()) * 2 - 1
+        given = iter(values)
+        draw = lambda coords, *_: next(given)[:, :coords.shape[1]]
+        got, rows = sample.evaluate_samples(coordinates_as_colours, sched, images, draw, 4, seed=3,
+                                            input_ratio=0.5, full=full)
+        split, _ = sample.split_images(images, torch.arange(2), 3, 0.5)
+        truth = data.to_unit(split["output_values"])[:, None, :n_out]
+        samples = data.to_unit(values)[:, :, :n_out]  # (images, samples, N, C)
+        below = (samples < truth).sum(1)
+        close(got["coverage"], ((below > 0) & (below < 4)).double().mean(), 1e-6)
+        close(got["spread"], samples.std(1).mean(), 1e-6)
+        mse = (samples.mean(1) - truth[:, 0]).square().mean()
+        close(got["psnr_mean"], -10 * mse.log10(), 1e-3)
+        assert len(rows) == 2
 
 
 # ------------------------------------------------------------------------------------ autoencoder
@@ -3077,30 +3181,6 @@ def test_the_lab_writes_the_tables_and_pictures_of_its_exercises():
     assert out.count("trained on gaussian 0.3, seed") == 2
 
 
-def test_the_pictures_show_what_their_labels_say():
-    grids = []
-
-    def grid(rows, *labels, **more):
-        grids.append(rows)
-        return data.image_grid(rows, *labels, **more)
-
-    images, sched = data.make_leaves(2, 3)[0], schedule.DiffusionSchedule(20)
-    model = lambda x_t, coords, *_: torch.rand(*coords.shape[:2], 3) * 2 - 1
-    with folder() as root, patched(sample, image_grid=grid):
-        args = sample.parse_arguments(["--samples", "2", "--gif"])
-        sample.report_field(model, sched, images, root, "leaves", sampler(sched, num_steps=2),
-                            args)
-    given, krige, mean, drawn, truth, error = grids[0][1]
-    close(truth, images[1] / 255, 1e-6)
-    close(error, data.heat(mean - truth), 1e-5)
-    one, two, mean, truth, std, error = grids[1][1]
-    close(mean, (one + two) / 2, 1e-5)
-    close(std, data.heat(torch.stack([one, two]).std(0), 0.25), 1e-4)
-    close(error, data.heat(mean - truth, 0.25), 1e-4)
-    x_t, x_0 = (torch.stack(row) for row in grids[2])
-    assert (x_t == 1).float().mean() > 0.01 > (x_0 == 1).float().mean()  # noise is clamped
-
-
 # --------------------------------------------------------------------------------------- training
 
 
@@ -3474,147 +3554,465 @@ def test_a_full_disk_or_a_loss_that_is_not_finite_spares_the_checkpoint():
 # ----------------------------------------------------------------------------- using the programs
 
 
-def test_the_newest_checkpoint_is_sampled_and_flags_change_the_picture():
-    with tiny_sets("sets"):
-        for name, seed, age in (("old", 1, 100), ("new", 2, 0)):
-            works(train, f"--data cifar10 --data-dir sets --steps 1 --batch-size 2 --evaluate 1 "
-                         f"--seed {seed} --out run/{name}")
-            path = Path(f"run/{name}/nf/checkpoint.pt")
-            os.utime(path, (time.time() - age, time.time() - age))
-        line = "--data-dir sets --out run --steps 3"
-        out = works(sample, f"{line} --json f.json --evaluate 40")
-        assert "new/nf/checkpoint.pt" in out, out
-        figures = json.loads(Path("f.json").read_text())
-        assert figures["data"] == "cifar10" and figures["images"] == 32  # all of the test set
+def save_field(path="m.pt", seed=0, channels=3, side=32, data_name="cifar10", **settings):
+    """A checkpoint of an untrained field with 20 timesteps: (model, schedule)."""
+    torch.manual_seed(seed)
+    sched = schedule.DiffusionSchedule(20)
+    config = dict(nf_denoiser.SIZES["small"], channels=channels, side=side)
+    model = nf_denoiser.NFDenoiser(sched.alphas_cumprod, **config).eval()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    sample.save_checkpoint(Path(path), dict(
+        kind="nf", config=config, settings=settings, schedule=dict(timesteps=20), data=data_name,
+        step=7, model=model.state_dict(), optimizers=[]))
+    return model, sched
 
-        def picture(flags):
-            works(sample, f"{line} {flags}")
-            return Path("run/nf/samples.png").read_bytes()
 
-        base = picture("")
-        assert picture("") == base
-        for flags in ("--seed 1", "--eta 1", "--steps 2", "--full", "--input-ratio 0.9",
-                      "run/old/nf/checkpoint.pt"):
-            assert picture(flags) != base, flags
-        out = works(sample, f"{line} --gif --scale 2 --samples 3 --evaluate 2")
-        assert "central 90%" in out and " 2 images" in out, out
-        works(sample, f"{line} --export m.pt")
-        with Image.open("run/nf/denoising.gif") as gif:
-            assert gif.n_frames >= 3
-        for name in ("spread", "scale"):
-            assert Image.open(f"run/nf/{name}.png").size[0] > 100
-        whole, half = (sample.load_checkpoint(p)[0].state_dict() for p in (path, "m.pt"))
-        equal(half, whole, 2e-3)
-        assert torch.equal(whole["prior.covariance"], half["prior.covariance"])
-        assert torch.load("m.pt")["model"]["perceiver.to_values.weight"].dtype == torch.float16
-        shutil.copy("m.pt", path)
-        refused(train, "--data cifar10 --data-dir sets --batch-size 2 --resume --out run/new",
-                "exported")
+@contextlib.contextmanager
+def a_field_and_test_images(**settings):
+    """In a new folder with tiny data sets and the checkpoint m.pt: (model, schedule, images)."""
+    with tiny_sets():
+        yield *save_field(**settings), data.load_cifar10("data", False)[0]
+
+
+def figures_of(flags):
+    """{method: figures} that sample.py writes for m.pt and two test images, and what it prints."""
+    out = works(sample, f"m.pt --evaluate 2 --json f.json {flags}")
+    return json.loads(Path("f.json").read_text())["methods"], out
+
+
+def test_each_flag_changes_the_table_as_it_says():
+    with a_field_and_test_images() as (model, sched, images):
+        for flags, steps, eta, options in (
+                ("--steps 3", 3, 0, {}), ("--steps 4", 4, 0, {}),
+                ("--steps 3 --sampler ddim", 3, 0, {}), ("--steps 3 --eta 0.5", 3, 0.5, {}),
+                ("--steps 3 --seed 4", 3, 0, dict(seed=4)),
+                ("--steps 3 --input-ratio 0.5", 3, 0, dict(input_ratio=0.5)),
+                ("--steps 3 --full", 3, 0, dict(full=True)),
+                ("--steps 3 --pixels grid", 3, 0, dict(pixels="grid")),
+                ("--steps 3 --pixels anywhere", 3, 0, dict(pixels="anywhere"))):
+            got, out = figures_of(flags)
+            draw = drawing(model, sched, options.get("seed", 0), num_steps=steps, eta=eta)
+            expected = sample.evaluate_field(model, sched, images[:2], draw, **options)
+            equal(got, expected, 1e-5)
+            for method, row in expected.items():  # the table says the same
+                figures = (f"{row['mse']:.5f}", f"{row['mae']:.5f}", f"{row['psnr']:.2f}",
+                           f"{row['ssim']:.4f}")
+                assert re.search(f"{method} +{' +'.join(figures)}\n", out), (flags, out)
+            n_in = 512 if "ratio" in flags else 204
+            n_out = 820 if "full" in flags else 204
+            title = (f"cifar10: 2 images, {n_in} pixels given, {n_out} measured, sample in {steps} "
+                     f"steps, mask seed {options.get('seed', 0)}\n")
+            assert title in out, out
+
+
+def test_ddpm_takes_all_timesteps_and_fifty_ddim_steps_are_the_default():
+    with a_field_and_test_images() as (model, sched, images):
+        got, out = figures_of("--sampler ddpm")
+        g = seeded()
+        draw = lambda *where: nf_denoiser.ddpm_sample(model, sched, *where, generator=g)
+        equal(got, sample.evaluate_field(model, sched, images[:2], draw), 1e-5)
+        assert "sample in 20 steps" in out
+        refused(sample, "m.pt", "1 to 20, got 50")
+    with tiny_sets(), spied(sample, "ddim_sample") as calls:
+        works(sample, f"{sample.SHIPPED} --data cifar10 --evaluate 1")
+        assert {given[5] for given, _ in calls} == {50}
+
+
+def test_a_model_trained_off_the_grid_is_measured_off_the_grid():
+    with a_field_and_test_images(pixels="anywhere"):
+        anywhere, _ = figures_of("--steps 2")
+        equal(anywhere, figures_of("--steps 2 --pixels anywhere")[0])
+        assert anywhere["nearest"] != figures_of("--steps 2 --pixels grid")[0]["nearest"]
+
+
+def test_how_many_images_are_measured():
+    with a_field_and_test_images():
+        for flags, count in (("", 6), ("--evaluate 5", 5), ("--evaluate", 32)):
+            out = works(sample, f"m.pt --steps 1 --json there/f.json {flags}")
+            got = json.loads(Path("there/f.json").read_text())
+            assert got["images"] == count and f"cifar10: {count} images" in out
+        assert got["checkpoint"] == "m.pt" and got["data"] == "cifar10" and got["seed"] == 0
+        assert "m.pt: nf, 7 steps on cifar10" in out and "s on cpu" in out
+
+
+def test_the_pictures_are_about_the_first_six_images():
+    with a_field_and_test_images() as (model, sched, images), spied(sample, "image_grid") as drawn:
+        works(sample, "m.pt --steps 2 --evaluate 8 --out there")
+        ((rows, labels), options), = drawn
+        expected = data.image_grid(rows, labels, **options)
+        assert np.array_equal(pixels_of("there/nf/samples.png"), pixels_of(expected))
+        split, _ = sample.split_images(images[:6], torch.arange(6))
+        draw = drawing(model, sched, num_steps=2)
+        sample.evaluate_field(model, sched, images[:8], draw)  # takes its noise first
+        answers = sample.reconstruct(model, sched, split, draw, 204)
+    columns = [torch.stack(column) for column in zip(*rows)]
+    given, krige, mean, drawn, truth, error = columns
+    assert labels == ["input pixels", "kriging", "one-step mean", "sample", "truth",
+                      "error of mean"]
+    close(given, sample.assemble(split), 0)
+    close(truth, images[:6] / 255, 1e-6)
+    for shown, method in zip((krige, mean, drawn), labels[1:4]):
+        close(shown, sample.assemble(split, answers[method]), 1e-5)
+    for i in range(6):
+        close(error[i], data.heat(mean[i] - truth[i]), 1e-5)
+        mses = [(shown[i] - truth[i]).square().mean().item() for shown in (krige, mean, drawn)]
+        decibels = [f"{-10 * math.log10(mse):.1f} dB" for mse in mses]
+        assert options["captions"][i] == ["", *decibels, "", "white: 0.5"]
+
+
+def test_the_picture_of_several_samples():
+    with a_field_and_test_images(), spied(sample, "image_grid") as drawn:
+        got, out = figures_of("--steps 2 --eta 1 --samples 2 --evaluate 5 --input-ratio 0.1")
+        _, ((rows, labels), options) = drawn
+        figures = got["samples"]
+        assert f"2 samples per image: {figures['coverage']:.1%} of" in out
+        assert f"deviation {figures['spread']:.4f}, PSNR of their mean " \
+            f"{figures['psnr_mean']:.2f} dB" in out
+        expected = data.image_grid(rows, labels, **options)
+        assert np.array_equal(pixels_of("out/nf/spread.png"), pixels_of(expected))
+        images = data.load_cifar10("data", False)[0]
+    assert labels == ["sample 1", "sample 2", "mean", "truth", "std. deviation", "error of mean"]
+    assert len(rows) == 4
+    for i, (one, two, mean, truth, std, error) in enumerate(rows):
+        close(truth, images[i] / 255, 1e-6)
+        close(mean, (one + two) / 2, 1e-5)
+        close(std, data.heat((one - two) / 2**0.5, 0.25), 1e-4)
+        close(error, data.heat(mean - truth, 0.25), 1e-4)
+        assert not torch.equal(one, two)
+
+
+def test_the_picture_of_a_fine_grid():
+    with a_field_and_test_images() as (model, sched, images), spied(sample, "image_grid") as drawn:
+        figures_of("--steps 2 --scale 3 --evaluate 2")
+        _, ((rows, labels), options) = drawn
+        expected = pixels_of(data.image_grid(rows, labels, **options))
+        assert np.array_equal(pixels_of("out/nf/scale.png"), expected)
+    assert labels == ["input pixels", "model x3", "truth"]
+    split, _ = sample.split_images(images[:2], torch.arange(2))
+    y, x = torch.meshgrid(torch.linspace(0, 1, 96), torch.linspace(0, 1, 96), indexing="ij")
+    coords = torch.stack([x, y], -1).view(1, -1, 2).expand(2, -1, -1)
+    fine = nf_denoiser.one_step_mean(model, sched, coords, *where(split)[1:])
+    for i, (given, shown, truth) in enumerate(rows):
+        close(given, sample.assemble(split)[i], 0)
+        close(shown, fine[i].mT.view(3, 96, 96) / 2 + 0.5, 1e-5)
+        close(truth, images[i] / 255, 1e-6)
+    assert options["zoom"] % 3 == 0 and expected.shape[1] >= 3 * 96  # no fine pixel is left out
 
 
 def test_a_fine_grid_is_not_transposed():
+    ramp = lambda model, sched, coords, *_: 2 * coords[..., :1].expand(-1, -1, 3) - 1
     split = data.sparse_split(data.make_leaves(1, 3)[0])
-    ramp = lambda *_, output_coords, **more: 2 * output_coords[..., :1].expand(-1, -1, 3) - 1
     with patched(sample, one_step_mean=ramp, image_grid=lambda rows, *_, **more: rows):
-        ((given, fine, smooth),) = sample.draw_fine(None, None, split, 2)
+        ((_, fine, _),) = sample.draw_fine(None, None, split, 2)
     close(fine, torch.linspace(0, 1, 64).expand(3, 64, 64), 1e-6)  # dark left, bright right
 
 
-def test_windows_are_blended_and_holes_filled_from_the_rim():
-    g = seeded()
-    # One window is the answer itself. Of two windows side by side, sin^2 of the first falls where
-    # that of the second rises.
-    image, known = torch.rand(3, 32, 48, generator=g), torch.rand(32, 48, generator=g) < 0.3
+def test_the_animation_shows_every_step_from_noise_to_image():
+    with a_field_and_test_images(), spied(sample, "image_grid") as drawn:
+        figures_of("--steps 4 --gif --evaluate 5")
+        with Image.open("out/nf/denoising.gif") as gif:
+            assert gif.n_frames >= 4 and gif.info["loop"] == 0
+            times = []
+            for i in range(gif.n_frames):
+                gif.seek(i)
+                times.append(gif.info["duration"])
+        assert times[-1] > 1000 > 200 > times[0]  # the end stays
+        images = data.load_cifar10("data", False)[0]
+    ((shown, *_), _), *steps = drawn
+    split, _ = sample.split_images(images[:5], torch.arange(5))
+    assert [labels for (_, labels, _), _ in steps[:5]] == [["t = 19"], ["t = 13"], ["t = 6"],
+                                                           ["t = 0"], ["t = 0"]]
+    outputs = split["output_indices"][:3, None, :204].expand(-1, 3, -1)
+    for (rows, _, names), _ in steps:
+        assert names == ["x_t", "prediction"] and [len(row) for row in rows] == [3, 3]
+    (noisy, _), *_ = steps[0][0]
+    values = noisy.flatten(2).gather(2, outputs)
+    assert abs(values.std() - 0.5) < 0.05  # N(0, 1) of the range from -1 to 1
+    shown = shown[0][3][None]  # the sample of the first image
+    (_, predicted), *_ = steps[-1][0]
+    at = outputs[:1]
+    close(predicted[:1].clamp(0, 1).flatten(2).gather(2, at), shown.flatten(2).gather(2, at), 0.02)
+
+
+def test_a_long_animation_shows_some_of_the_steps():
+    split, _ = sample.split_images(data.make_leaves(1, 3)[0], torch.arange(1))
+    frames = [(t, *torch.rand(2, 1, 204, 3)) for t in range(1000)]
+    with folder(), spied(sample, "image_grid") as drawn:
+        quiet(sample.animate, split, frames, "a.gif")
+    assert 25 <= len({labels[0] for (_, labels, _), _ in drawn}) <= 51
+
+
+def test_the_newest_checkpoint_is_sampled():
+    with a_field_and_test_images():
+        for name, age in (("run/new", 0), ("run/old", 100), ("else/newer", -100)):
+            save_field(f"{name}/nf/checkpoint.pt")
+            os.utime(f"{name}/nf/checkpoint.pt", (time.time() - age,) * 2)
+        line = "--steps 1 --evaluate 1"
+        assert works(sample, f"{line} --out run").startswith("run/new/nf/checkpoint.pt: nf")
+        assert works(sample, f"run/old/nf/checkpoint.pt {line}").startswith("run/old/nf")
+        assert Path("out/nf/samples.png").exists() and Path("run/nf/samples.png").exists()
+        with patched(sample, SHIPPED=Path("m.pt").resolve()), patched(
+                data, CIFAR10_URLS=[], BUILT_IN={"leaves": (data.make_leaves, 4, 2)}):
+            assert f"{Path('m.pt').resolve()}: nf" in works(sample, f"{line} --out empty")
+            save_png("photo.png", photograph()[0])
+            out = works(sample, "--image photo.png --out run")
+            assert f"{Path('m.pt').resolve()}: nf" in out  # a photograph gets the shipped model
+
+
+def test_the_shipped_model_works_without_a_network_however_its_path_is_written():
+    with folder() as root, patched(data, CIFAR10_URLS=["https://127.0.0.1:9/"],
+                                   BUILT_IN={"leaves": (data.make_leaves, 4, 2)}):
+        os.mkdir("assets")
+        save_field("assets/shipped.pt")
+        save_field("other.pt")
+        with patched(sample, SHIPPED=root.resolve() / "assets" / "shipped.pt"):
+            for path in ("", "assets/shipped.pt", "./assets/../assets/shipped.pt",
+                         root.resolve() / "assets" / "shipped.pt"):
+                out = works(sample, f"{path} --steps 1")
+                assert "NO CIFAR10" in out and "leaves: 2 images" in out
+            refused(sample, "assets/shipped.pt --steps 1 --data cifar10", "cannot fetch")
+        refused(sample, "other.pt --steps 1", "cannot fetch")
+
+
+def test_other_data_than_the_model_was_trained_on():
+    with tiny_sets("sets"), patched(data, BUILT_IN={"leaves": (data.make_leaves, 4, 2)}):
+        save_field()
+        assert "leaves: 2 images" in works(sample, "m.pt --steps 1 --data leaves")
+        assert "cifar10: 6 images" in works(sample, "m.pt --steps 1 --data-dir sets")
+        refused(sample, "m.pt --data mnist --data-dir sets", "m.pt takes images of 3 x 32 x 32",
+                "(1, 28, 28)")
+        save_field("grey.pt", channels=1, side=28, data_name="auto")
+        assert "mnist: 6 images" in works(sample, "grey.pt --steps 1 --data-dir sets --gif")
+
+
+def test_an_exported_model_has_half_precision_and_the_same_answers():
+    with a_field_and_test_images() as (model, _, _):
+        out = works(sample, "m.pt --export half.pt")
+        assert "exported: half.pt" in out and not Path("out").exists()
+        got, _ = figures_of("--steps 2 --seed 1")
+        Path("half.pt").replace("m.pt")
+        equal(figures_of("--steps 2 --seed 1")[0], got, 0.02)
+        loaded, checkpoint = sample.load_checkpoint("m.pt")
+        equal(loaded.state_dict(), model.state_dict(), 2e-3)
+        parameters = dict(model.named_parameters())
+        for name, value in torch.load("m.pt")["model"].items():
+            half = name in parameters
+            assert value.dtype == (torch.float16 if half else torch.float32), name
+            assert half or value.equal(model.state_dict()[name])
+        assert set(checkpoint) == {*sample.KEYS, "model"}
+        Path("run/nf").mkdir(parents=True)
+        shutil.copy("m.pt", "run/nf/checkpoint.pt")
+        refused(train, "--data cifar10 --batch-size 2 --resume --out run", "exported")
+
+
+def test_a_loaded_model_is_ready_to_be_used():
+    with folder():
+        model, _ = save_field()
+        loaded, checkpoint = sample.load_checkpoint("m.pt")
+        assert not loaded.training and checkpoint["step"] == 7
+        equal(loaded.state_dict(), model.state_dict())
+        meta, _ = sample.load_checkpoint("m.pt", "meta")  # it stands for a GPU
+        assert {p.device.type for p in meta.parameters()} == {"meta"}
+
+
+def test_an_autoencoders_checkpoint_is_measured_by_its_own_report():
+    with tiny_sets():
+        model = autoencoder.DenoisingAutoencoder()
+        sample.save_checkpoint(Path("m.pt"), dict(
+            kind="dae", config=dict(input_dim=784, latent_dim=64), schedule={}, data="mnist",
+            settings=dict(noise="gaussian 0.3"), step=1, model=model.state_dict()))
+        got, out = figures_of("--out there")
+        images = data.load_mnist("data", False)[0]
+        expected, _ = quiet(autoencoder.report_autoencoder, model, images, Path("a"),
+                            "gaussian 0.3")
+        equal(got, expected, 1e-6)
+        assert Path("there/dae/samples.png").exists() and "64 images" in out
+        for flags in ("--steps 2", "--full", "--gif", "--scale 2", "--samples 2", "--eta 1",
+                      "--sampler ddpm", "--pixels grid", "--image a.png"):
+            refused(sample, f"m.pt {flags}", "m.pt is an autoencoder")
+
+
+def test_main_takes_a_list_and_works_in_a_thread():
+    with a_field_and_test_images(), spied(torch, "set_flush_denormal") as fast:
+        before = sys.argv
+        with patched(sys, argv=["notebook", "--nonsense"]):
+            line = ["m.pt", "--steps", "1", "--evaluate", "1", "--out", "a"]
+            thread = threading.Thread(target=quiet, args=(sample.main, line))
+            thread.start()
+            thread.join()
+            assert sys.argv == ["notebook", "--nonsense"]
+        assert Path("a/nf/samples.png").exists() and sys.argv is before
+        assert fast == [((True,), {})]
+
+
+def test_numbers_between_two_limits():
+    whole, real = sample.between(1, 16), sample.between(0, 1, float)
+    assert [whole(text) for text in ("1", "7", "16")] == [1, 7, 16] and type(whole("1")) is int
+    assert [real(text) for text in ("0", "0.5", "1")] == [0, 0.5, 1] and type(real("1")) is float
+    for parse, text in ((whole, "0"), (whole, "17"), (real, "-0.1"), (real, "nan")):
+        raises(argparse.ArgumentTypeError, lambda: parse(text), "between", text)
+    raises(ValueError, lambda: whole("x"))
+
+
+def test_windows_are_blended_with_sin_squared():
+    image, known = torch.rand(3, 32, 48, generator=seeded()), torch.zeros(32, 48, dtype=bool)
+    known[torch.rand(32, 48, generator=seeded(1)) < 0.3] = True
     ramp = torch.sin(math.pi * (torch.arange(32) + 0.5) / 32) ** 2
     total, weight = torch.zeros(3, 32, 48), torch.zeros(48)
     for x in (0, 16):
         window, given = image[:, :, x:x + 32], known[:, x:x + 32]
-        split = data.sparse_split(window[None], given.sum().item() / 1024 + 1e-4, None,
-                                  order=1 - given.flatten()[None].float())
-        alone = sample.assemble(split, sample.kriging(split))[0]
-        close(sample.restore(window, given, sample.kriging), alone, 1e-6)
+        inputs, outputs = given.flatten().nonzero()[:, 0], (~given).flatten().nonzero()[:, 0]
+        pixels = window.flatten(1).mT.clone()
+        coords = torch.stack([torch.arange(1024) % 32, torch.arange(1024) // 32], -1) / 31
+        problem = coords[outputs][None], coords[inputs][None], pixels[inputs][None]
+        pixels[outputs] = sample.inverse_distance(*problem)[0]
+        alone = pixels.mT.view(3, 32, 32)
+        close(sample.restore(window, given, sample.inverse_distance), alone, 1e-6)
         total[:, :, x:x + 32] += ramp * alone
         weight[x:x + 32] += ramp
-    close(sample.restore(image, known, sample.kriging), total / weight, 1e-5)
-    # Sizes that no number of windows fits; given pixels stay.
-    for height, width in ((1, 2), (20, 70), (33, 31)):
-        image = torch.rand(1, height, width, generator=g)
-        known = torch.rand(height, width, generator=g) < 0.3
+    close(sample.restore(image, known, sample.inverse_distance), total / weight, 1e-5)
+
+
+def test_windows_cover_pictures_of_any_size():
+    answer = lambda out, coords, values: torch.full((1, out.shape[1], values.shape[2]), 2.0)
+    for height, width, side in ((1, 2, 32), (20, 70, 32), (33, 31, 32), (64, 48, 32), (9, 30, 8)):
+        image = torch.rand(1, height, width, generator=seeded()) * 2 - 1
+        known = torch.rand(height, width, generator=seeded(1)) < 0.3
         known[0, 0], known[0, 1] = True, False
-        got = sample.restore(image, known, lambda s: s["output_values"] * 0 + 0.5)
-        assert torch.equal(got[:, known], image[:, known])
-        close(got[:, ~known], 0.5, 1e-6)
-    # A hole larger than two windows: the first answers come from windows that reach its rim, and
-    # the next pass is given what they restored. No window without a given pixel is asked.
+        got = sample.restore(image, known, answer, side)
+        assert torch.equal(got[:, known], image[:, known])  # the given pixels stay
+        close(got[:, ~known], 1.0, 1e-6)  # clamped
+
+
+def test_windows_beyond_the_edge_see_a_mirrored_picture():
+    windows = sample.overlapping_windows(6, 9, 4).view(-1, 4, 4)
+    assert len(windows) == 2 * 4 and windows[0, 1].tolist() == [9, 10, 11, 12]
+    assert windows[3, 0].tolist() == [6, 7, 8, 8] and windows[-1, -1].tolist() == [51, 52, 53, 53]
+    small = sample.overlapping_windows(2, 3, 4).view(4, 4)
+    assert small.tolist() == [[0, 1, 2, 2], [3, 4, 5, 5], [3, 4, 5, 5], [0, 1, 2, 2]]
+
+
+def test_a_large_hole_is_filled_from_its_rim():
     known, counts = torch.ones(128, 128, dtype=torch.bool), []
     known[20:110, 20:110] = False
     image = torch.where(known, 0.25, -9.0).expand(3, -1, -1)
 
-    def mean_of_given(split):
-        counts.append(split["input_values"].shape[1])
-        assert (split["input_values"] > -1).all()
-        return split["input_values"].mean(1, keepdim=True).expand_as(split["output_values"])
+    def mean_of_given(output_coords, input_coords, input_values):
+        counts.append(input_values.shape[1])
+        assert (input_values > -1).all()  # nothing of the hole
+        return input_values.mean(1, keepdim=True).expand(-1, output_coords.shape[1], -1)
 
     close(sample.restore(image, known, mean_of_given), torch.full((3, 128, 128), 0.25), 1e-5)
-    assert min(counts) >= 200, counts
+    assert min(counts) >= 200 and min(counts[:8]) >= 200, counts
     raises(ValueError, lambda: sample.restore(image, known & False, mean_of_given), "no pixel")
 
 
-def test_a_photograph_of_your_own():
-    photo, mask = np.zeros((60, 90, 3), np.uint8), np.zeros((60, 90), np.uint8)
-    photo[:, :45] = 255, 200, 40
-    mask[20:30, 30:60] = 255
-    some = np.where(np.arange(90) < 40, 255 - mask, 255)  # a part of the mask is transparent
-    grey = data.make_glyphs(1, 0)[0][0, 0].numpy()
-    command = f"{sample.SHIPPED} --image"
+def restored(flags):
+    """What sample.py prints for m.pt and a photograph, and restored.png."""
+    return works(sample, f"m.pt --image {flags}"), pixels_of("out/nf/restored.png")
 
-    def restored(flags):
-        out = works(sample, f"{command} {flags}")
-        return out, np.asarray(Image.open("out/nf/restored.png")).astype(int)
 
-    with folder():
-        for name, pixels in dict(
-                photo=photo, mask=mask, grey=grey, holes=np.dstack([photo, 255 - mask]),
-                some=np.dstack([photo, some]), a=np.where(mask[..., None] > 0, 7, photo),
-                black=0 * mask, dot=photo[:1, :1], nothing=np.zeros((50, 50, 4)),
-                wide=np.zeros((40, 1500, 3))).items():
-            Image.fromarray(pixels.astype(np.uint8)).save(f"{name}.png")
-        Path("cut.png").write_bytes(Path("holes.png").read_bytes()[:90])
-        Image.fromarray(np.full((40, 40), 0.5, np.float32)).save("float.tif")
+def test_a_photograph_is_restored_by_the_one_step_mean():
+    photo, _ = photograph()
+    with folder(), spied(sample, "image_grid") as drawn:
+        model, sched = save_field()
+        save_png("photo.png", photo)
+        out, image = restored("photo.png --input-ratio 0.3 --seed 2 --json f.json")
+        ((rows, labels), options), = drawn
+        expected = data.image_grid(rows, labels, **options)
+        assert np.array_equal(pixels_of("out/nf/comparison.png"), pixels_of(expected))
+        got = json.loads(Path("f.json").read_text())
+        pixels, known, _ = data.load_picture("photo.png", 3, None, 0.3, 2)
+    truth = pixels / 255
+    mean = lambda *given: nf_denoiser.one_step_mean(model, sched, *given)
+    K = nf_denoiser.exponential_covariance(32)
+    answers = dict(nearest=sample.nearest, kriging=lambda *given: sample.kriging(*given, K))
+    answers["one-step mean"] = mean
+    (given, *images, last), = rows
+    close(given, torch.where(known, truth, 0.5), 1e-6)
+    close(last, truth, 1e-6)
+    assert "1,620 of 5,400 pixels given" in out
+    for (name, answer), shown, label in zip(answers.items(), images, labels[1:]):
+        close(shown, data.to_unit(sample.restore(data.to_signed(pixels) * known, known, answer)),
+              1e-5)
+        decibels = -10 * (shown - truth)[:, ~known].square().mean().log10().item()
+        close(got["methods"][name]["psnr"], decibels, 1e-3)
+        assert name in label and f"{decibels:.2f} dB" in label
+        assert re.search(f"{name} +{decibels:.2f} dB\n", out)
+    close(image.transpose(2, 0, 1), 255 * images[2].clamp(0, 1), 0.51)
+    assert abs(image - photo)[~known].max() > 5  # restored, not copied
+    assert np.array_equal(image[known], photo[known])  # the given pixels, bit by bit
+    assert labels[0] == "given" and labels[-1] == "truth"
+    assert got["data"] == "photo.png" and got["images"] == 1 and len(got["methods"]) == 3
 
-        out, image = restored("photo.png --input-ratio 0.5")
-        assert image.shape == (60, 90, 3) and out.count(" dB") == 3
-        assert abs(image - photo)[:, :35].max() < 40 and image[:, -35:].max() < 40
-        assert (image == photo).all(2).mean() >= 0.5  # the given ones, bit by bit
-        assert (image == restored("photo.png --input-ratio 0.5")[1]).all()  # the seed is fixed
-        # Transparent pixels are missing, and so are white ones of a mask: same result.
+
+def test_the_truth_under_a_mask_is_not_used():
+    photo, hole = photograph()
+    with folder(), spied(sample, "image_grid") as drawn:
+        save_field()
+        save_png("mask.png", hole)
+        save_png("holes.png", photo, 255 - hole)
+        save_png("photo.png", photo)
+        save_png("seven.png", np.where(hole[..., None] > 0, 7, photo))
         out, image = restored("holes.png")
-        assert " dB" not in out and (image == photo)[mask == 0].all()
-        assert (image == restored("a.png --mask mask.png")[1]).all()
-        assert (image == restored("some.png --mask mask.png")[1]).all()  # either will do
-        assert abs(image - photo)[20:30, 30:40].max() < 60  # 7 was not used
-        out, image = restored("grey.png")  # grey stays grey
-        assert image.shape == (28, 28) and (image == grey).mean() >= 0.2
+        assert "dB" not in out and np.array_equal(image[hole == 0], photo[hole == 0])
+        for name in ("photo.png", "seven.png"):
+            assert np.array_equal(image, restored(f"{name} --mask mask.png")[1])
+        assert abs(image - photo)[20:30, 30:40].max() < 60
+    for ((row,), labels), _ in drawn:
+        assert labels == ["given", "nearest", "kriging", "one-step mean"] and len(row) == 4
+
+
+def test_grey_photographs_stay_grey_and_large_ones_are_reduced():
+    grey = data.make_glyphs(1, 0)[0][0, 0].numpy()
+    with folder():
+        save_field(channels=1, path="grey.pt", side=28)
+        save_field()
+        save_png("grey.png", grey)
+        save_png("wide.png", np.zeros((40, 1500, 3)))
+        for model in ("m.pt", "grey.pt"):
+            works(sample, f"{model} --image grey.png")
+            with Image.open("out/nf/restored.png") as picture:
+                assert picture.mode == "L" and picture.size == (28, 28)
+                assert (pixels_of(picture) == grey).mean() >= 0.2
         out, image = restored("wide.png")
-        assert "reduced" in out and image.shape == (27, 1024, 3)[:image.ndim]
-        out = works(sample, "--image photo.png --size 32 --steps 2 --samples 2 --gif")
-        assert " 1 images" in out and Path("out/nf/spread.png").exists()
+        assert "reduced" in out and image.shape == (27, 1024)
+
+
+def test_the_middle_of_a_photograph_is_sampled():
+    photo, _ = photograph()
+    with folder(), spied(sample, "image_grid") as drawn:
+        save_field()
+        save_png("photo.png", photo)
+        out = works(sample, "m.pt --image photo.png --size 32 --steps 2 --samples 2 --gif")
+        square = data.square_picture(data.open_picture("photo.png"), 3, 32)
+        assert "photo.png: 1 images, 204 pixels given" in out
+        assert not Path("out/nf/restored.png").exists()
+        refused(sample, "m.pt --image photo.png --size 33", "3 x 32 x 32", "(3, 33, 33)")
+    close(drawn[0][0][0][0][4], square / 255, 1e-6)
+
+
+def test_photographs_that_cannot_be_restored_leave_the_last_result():
+    photo, hole = photograph()
+    with folder():
+        save_field()
+        save_png("photo.png", photo)
+        save_png("dot.png", photo[:1, :1])
+        save_png("nothing.png", np.zeros((50, 50, 4)))
+        save_png("black.png", 0 * hole)
+        restored("photo.png")
         before = Path("out/nf/restored.png").read_bytes()
-        for flags, word in (
-                ("a.png --mask dot.png", "same size"), ("a.png --mask wide.png", "same size"),
-                ("nothing.png", "no pixel"), ("cut.png", "cut.png"), ("none.png", "none.png"),
-                ("a.png --mask mask.png --full", "--size"), (".", "picture"),
-                ("a.png --input-ratio 1.5", "--input-ratio"), ("dot.png", "no pixel of the"),
-                ("photo.png --mask black.png", "no pixel is missing"), ("float.tif", "floating"),
-                ("a.png --steps 5", "--size"), ("a.png --size 33", "33"),
-                ("a.png --sampler ddim --steps 1001", "1000")):
-            code, out, err = run(sample, f"{command} {flags}")
-            assert code and word in err and "Trace" not in err, (flags, err)
-        assert Path("out/nf/restored.png").read_bytes() == before
+        Path("cut.png").write_bytes(Path("photo.png").read_bytes()[:90])
+        for flags, word in (("photo.png --mask dot.png", "same size"), ("cut.png", "cut.png"),
+                            ("nothing.png", "no pixel"), ("none.png", "none.png"),
+                            (".", "picture"), ("dot.png", "no pixel of the"),
+                            ("photo.png --mask black.png", "no pixel is missing")):
+            refused(sample, f"m.pt --image {flags}", word)
         Path("out/nf/comparison.png").unlink()
-        Path("out/nf/comparison.png").mkdir()  # cannot be replaced
+        os.mkdir("out/nf/comparison.png")  # cannot be replaced
         os.mkdir("out/nf/.comparison.png")
-        refused(sample, f"{command} grey.png")
+        refused(sample, "m.pt --image dot.png --input-ratio 0.5")
+        refused(sample, "m.pt --image photo.png --seed 3")
         assert Path("out/nf/restored.png").read_bytes() == before
 
 
@@ -3623,7 +4021,7 @@ def test_the_shipped_model_is_better_than_kriging():
     sched = schedule.DiffusionSchedule(**checkpoint["schedule"])
     table = sample.evaluate_field(model, sched, data.make_leaves(24, seed=9)[0])
     assert table["one-step mean"]["psnr"] > table["kriging"]["psnr"] + 0.2, table
-    assert sample.SHIPPED.stat().st_size < 6_000_000
+    assert sample.SHIPPED.stat().st_size < 8_000_000
 
 
 def test_a_folder_of_pictures_trains_both_models_on_every_device():
@@ -3687,7 +4085,10 @@ def test_bad_input_gets_one_line_and_an_exit_code():
                           "--evaluate 0", "--samples 1", "--sampler ddpm --eta 1",
                           "--sampler ddpm --steps 5", "--steps 1001", "--input-ratio 1.1",
                           "--input-ratio nan", "--size 32", "--mask x.png",
-                          "--image x.png --gif", "--image x.png --size 32 --mask x.png")),
+                          "--image x.png --gif", "--image x.png --size 32 --mask x.png",
+                          "--image x.png --steps 5", "--image x.png --pixels grid",
+                          "--image x.png --mask x.png --full", "--sampler odd", "--pixels odd",
+                          "--image x.png --input-ratio 1.5", "--size 65", "--eta -1")),
                 (autoencoder, ("--seeds 0", "--epochs 0", "--exercise nope")),
                 (noise, ("--nope",)), (data, ("--seed x",))):
             for line in lines:
