@@ -3026,6 +3026,8 @@ def test_features_by_hand():
         encoders = {f"trained on {label}": model.encode for label, model in models.items()}
         for row, encode in (encoders | {"pixels": lambda x: x.flatten(1)}).items():
             z, z_test, z_noisy = encode(train_), encode(test), encode(noisy)
+            correlation = autoencoder.mean_correlation(z_test)
+            close(table[row]["mean absolute correlation"], correlation, 1e-6)
             order = torch.randperm(300, generator=seeded(5))
             for count in (100, 300):
                 few = order[:count]
@@ -3109,8 +3111,8 @@ def test_what_each_flag_of_the_lab_changes():
         assert first.startswith(f"`python autoencoder.py {line} --data mnist --epochs 10 "
                                 "--seeds 3`")
         assert sorted(os.listdir("out")) == ["autoencoder-progressive.png", "lab.md"]
-        works(autoencoder, f"{line} --out there")
-        assert Path("there/lab.md").read_text("utf-8") == first
+        works(autoencoder, f"{line} --out some/where")
+        assert Path("some/where/lab.md").read_text("utf-8") == first
         tables = {first.split("\n", 1)[1]}
         for flag in ("--epochs 2", "--seeds 1", "--batch-size 160"):
             works(autoencoder, f"{line} {flag}")
@@ -3127,7 +3129,7 @@ def test_the_report_on_one_autoencoder():
     labels = ["clean", "gaussian 0.3", "salt_pepper 0.2", "masking 0.3"]
     expected, drawn = autoencoder.cross_test({"mixed": model}, labels, images / 255, count=4)
     with folder() as root:
-        path = root / "new/samples.png"
+        path = root / "new/folder/samples.png"
         table, said = quiet(autoencoder.report_autoencoder, model, images, path.parent, "mixed")
         with Image.open(path) as picture:
             assert np.array_equal(picture, drawn)
