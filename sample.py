@@ -139,7 +139,9 @@ def restore(image, input_mask, answer, side=32):
         ready = windows[counts >= max(1, counts.max() / 4)]
         total = torch.zeros_like(pixels)
         total_weight = torch.zeros_like(pixels[:, :1])
-        for window in ready:
+        for i, window in enumerate(ready):
+            if sys.stdout.isatty():
+                print(f"{i:,} of {len(ready):,} windows", end="\x1b[K\r", flush=True)
             inputs, outputs = known[window].nonzero()[:, 0], (~known[window]).nonzero()[:, 0]
             input_values = pixels[window[inputs]]                            # (N_in, C)
             values = answer(coords[outputs][None], coords[inputs][None], input_values[None])[0]
