@@ -300,11 +300,12 @@ class IndependentPixels(nn.Module):
         squared = y_in.square().sum(dim=1, keepdim=True)
         variance = (squared + 2 * 0.05) / (y_in.shape[1] + 2)
         y_out = y_in.new_zeros(*output_coords.shape[:2], y_in.shape[2])
+        coords, values = input_coords, y_in
         if y_t is not None:
             y_out = variance / (variance + noise_variance) * y_t
-        image = scatter(output_coords, y_out, self.side)
-        image = image + scatter(input_coords, y_in, self.side)
-        return image, y_out, variance
+            coords = torch.cat([output_coords, input_coords], dim=1)
+            values = torch.cat([y_out, y_in], dim=1)
+        return scatter(coords, values, self.side), y_out, variance
 
 
 # -------------------------------------------------------------------------------------- the model
@@ -598,15 +599,16 @@ def read_at(image, coords):
 
 def check_shapes(x_t, output_coords, t, input_coords, input_values, channels):
     """Raises ValueError unless the arguments of NFDenoiser.forward fit together."""
-    B, N_out, _ = output_coords.shape
-    N_in = input_coords.shape[1]
-    if x_t is None:
-        x_t = output_coords.new_empty(B, N_out, channels)
-    shapes = [tuple(x.shape) for x in (x_t, output_coords, t, input_coords, input_values)]
-    needed = [(B, N_out, channels), (B, N_out, 2), (B,), (B, N_in, 2), (B, N_in, channels)]
+    B, N_out = (*output_coords.shape, 0, 0)[:2]
+    N_in = (*input_coords.shape, 0, 0)[1]
+    shapes = [tuple(x.shape) for x in (output_coords, t, input_coords, input_values)]
+    needed = [(B, N_out, 2), (B,), (B, N_in, 2), (B, N_in, channels)]
+    if x_t is not None:
+        shapes.insert(0, tuple(x_t.shape))
+        needed.insert(0, (B, N_out, channels))
     if N_in < 1 or shapes != needed:
-        raise ValueError(f"x_t, output_coords, t, input_coords, input_values need the shapes "
-                         f"{needed} and at least one input pixel, got {shapes}")
+        raise ValueError(f"x_t (if given), output_coords, t, input_coords, input_values need the "
+                         f"shapes {needed} and at least one input pixel, got {shapes}")
 
 
 SIZES = {  # --size; "full" has the Perceiver IO of the original design
