@@ -26,15 +26,15 @@ from torch import nn
 class DenoisingAutoencoder(nn.Module):
     """input_dim-256-128-latent_dim-128-256-input_dim: Vincent et al. (2008), section 2.
 
-    Each image must pass through latent_dim numbers, far fewer than it has pixels. They suffice for
-    what the pixels of clean images have in common, but not for noise, where each pixel is its own.
+    Each image has to pass through latent_dim numbers, far fewer than it has pixels. That is enough
+    for clean images, whose pixels depend on each other, and not enough for independent noise.
     """
 
     def __init__(self, input_dim=784, latent_dim=64):
         super().__init__()
         self.input_dim = input_dim
-        # No ReLU after the latent layer. A ReLU outputs 0 for negative values, and no gradient
-        # passes: a latent that is negative for every image would never be used again.
+        # No ReLU after the latent layer: where a ReLU outputs 0, its gradient is 0 too, so a latent
+        # that is negative for every image would stay unused.
         self.encoder = nn.Sequential(
             nn.Linear(input_dim, 256), nn.ReLU(),
             nn.Linear(256, 128), nn.ReLU(),
@@ -43,26 +43,20 @@ class DenoisingAutoencoder(nn.Module):
             nn.Linear(latent_dim, 128), nn.ReLU(),
             nn.Linear(128, 256), nn.ReLU(),
             nn.Linear(256, input_dim), nn.Sigmoid())  # pixels are between 0 and 1
-        self.init_weights()
-
-    def init_weights(self):
-        """Random weights with which no layer's output starts much larger or smaller than its input.
-
-        A ReLU zeroes half of its inputs, which halves the mean square. Weights of variance
-        2 / (number of inputs) make up for it: He et al. (2015), eq. 10.
-        """
+        # A ReLU sets half of its inputs to 0, which halves their mean square. Weights of variance
+        # 2 / (number of inputs) make up for that: He et al. (2015), eq. 10.
         for layer in (*self.encoder, *self.decoder):
             if isinstance(layer, nn.Linear):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                 nn.init.zeros_(layer.bias)
-        # smaller, so that the first output is close to the bias: Glorot & Bengio (2010), eq. 12
+        # smaller, so that the first output is close to its bias: Glorot & Bengio (2010), eq. 12
         nn.init.xavier_normal_(self.decoder[-2].weight)
 
     @torch.no_grad()
     def init_output_bias(self, images):
-        """Start from the mean of images (N, ...) in [0, 1], which is the best constant output.
+        """Make the untrained output the mean of images (N, ...) in [0, 1], the best constant.
 
-        Training then spends no steps on finding out where images are dark.
+        Training then starts with what is different about each image.
         """
         mean = images.flatten(1).mean(0).clamp(0.01, 0.99)
         self.decoder[-2].bias.copy_(mean.logit())  # the inverse of the sigmoid
@@ -89,29 +83,31 @@ class DenoisingAutoencoder(nn.Module):
 
 
 def autoencoder_loss(model, clean, noisy):
-    """Mean squared error of the reconstruction against the clean images, both (B, ...) in [0, 1].
+    """Mean squared error of the reconstructed images against the clean ones, (B, ...) in [0, 1].
 
-    If the target were the noisy images, the best network would copy its input. The target is the
-    clean ones: noise cannot be predicted and the drawing can, so the network learns the drawing.
-    The output with the least error is the mean of all clean images that fit the noisy one.
+    Vincent et al. (2008), section 2, with squared error for cross-entropy. With noisy images as the
+    target, the network would learn to copy its input, noise included. With clean ones it has to
+    tell drawing from noise. The output with the least error is the mean of all clean images that
+    could lie behind the noisy one.
     """
     reconstructed, latent = model(noisy)
     return F.mse_loss(reconstructed, clean)
 
 
 def train_autoencoder(model, images, corrupt, epochs=10, batch_size=512, lr=6e-3, seed=0):
-    """Train the model on images, float (N, ...) in [0, 1], and return it, with frozen weights.
+    """Train a DenoisingAutoencoder on images, float (N, ...) in [0, 1]; return it for evaluation.
 
-    corrupt: a function images -> noisy images of the same shape, such as add_gaussian_noise. It is
-    called for every batch, so that an image never has the same noise twice. Raises ValueError if
-    the last loss is not finite. `train.py --model dae` has the same seeds, and reaches the same.
+    corrupt: a function images -> noisy images of the same shape, such as add_gaussian_noise; the
+    identity trains a plain autoencoder. It is called for each batch: the same image gets new noise
+    in each epoch, so there is no noise to memorise. The weights returned are frozen
+    (requires_grad_(True) undoes it). Raises ValueError if the last loss is not finite.
     """
     model.init_output_bias(images)
     optimizer = torch.optim.Adam(model.parameters(), lr, fused=True)
-    batches = max(1, len(images) // batch_size)  # an incomplete last batch is left out
+    batches = max(1, len(images) // batch_size)  # in an epoch; an incomplete last one is left out
     steps, step = epochs * batches, 0
     for epoch in range(epochs):
-        torch.manual_seed(seed * 1_000_003 + epoch)
+        torch.manual_seed(seed * 1_000_003 + epoch)  # the seeds of train.py: the same weights
         order = torch.randperm(len(images)).to(images.device)
         for index in order.split(batch_size)[:batches]:
             torch.manual_seed(seed * 1_000_003 + step)
@@ -120,8 +116,8 @@ def train_autoencoder(model, images, corrupt, epochs=10, batch_size=512, lr=6e-3
             loss = autoencoder_loss(model, clean, noisy)
             optimizer.zero_grad()
             loss.backward()
-            # the first tenth in small steps, while gradients are large; in the end steps of almost
-            # 0, so that the noise of single batches averages out: Loshchilov & Hutter (2017), eq. 5
+            # Small steps during the first tenth, until Adam's averages are reliable; then smaller
+            # and smaller, to settle in spite of random batches: Loshchilov & Hutter (2017), eq. 5.
             rate = min(1.0, (step + 1) / (0.1 * steps))
             rate *= 0.5 * (1 + math.cos(math.pi * step / steps))
             for group in optimizer.param_groups:

@@ -38,7 +38,7 @@ def load_cifar10(root, train):
     # A record has 3,073 bytes: the label, then all red values, all green, all blue, each plane
     # row by row from the top. That is already the order (channel, row, column) of a tensor.
     records = read_cifar10_records(root, names)  # (N, 3073)
-    labels = records[:, 0].clone()
+    labels = records[:, 0]
     images = records[:, 1:].reshape(-1, 3, 32, 32)
     return images, labels
 
@@ -113,31 +113,6 @@ def sparse_split(images, input_ratio=0.2, output_ratio=0.2, generator=None, orde
         split[f"{name}_indices"] = indices
         split[f"{name}_coords"] = torch.stack([x, y], dim=-1)
         split[f"{name}_values"] = pixels.take_along_dim(indices[:, :, None], dim=1)
-    return split
-
-
-def off_grid_split(images, input_ratio=0.2, output_ratio=0.2, generator=None, order=None):
-    """Like sparse_split, but the input lies at random places, not on the pixel grid.
-
-    Its values are read bilinearly from the image at coordinates uniform in [0, 1]^2; input_indices
-    are the nearest pixels. The output are pixels of the grid, for output_ratio None all of them.
-    order: uniform (B, H * W + 2 N_in): first random numbers for the pixels, then the coordinates.
-    """
-    batch, _, height, width = images.shape
-    pixels = height * width
-    n_in, n_out = count_split(pixels, input_ratio, output_ratio)
-    if order is None:
-        order = torch.rand(batch, pixels + 2 * n_in, generator=generator, device=images.device)
-    split = sparse_split(images, input_ratio, None, order=order[:, :pixels])
-    for key in ("indices", "coords", "values"):
-        everywhere = torch.cat([split[f"output_{key}"], split[f"input_{key}"]], dim=1)
-        split[f"output_{key}"] = everywhere[:, :pixels if output_ratio is None else n_out]
-    coords = order[:, pixels:].unflatten(1, (n_in, 2))
-    grid = to_signed(coords)[:, :, None]                                   # (B, N_in, 1, 2)
-    values = F.grid_sample(split["full_image"], grid, align_corners=True)  # (B, C, N_in, 1)
-    column, row = (coords * coords.new_tensor([width - 1, height - 1])).round().long().unbind(-1)
-    split["input_indices"] = row * width + column
-    split["input_coords"], split["input_values"] = coords, values[..., 0].mT
     return split
 
 
@@ -229,6 +204,31 @@ def read_idx(path, shape):
     except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as problem:
         raise ValueError(f"{path}: expected an IDX file of items of shape {shape}, found a damaged "
                          f"one: {problem}; delete it to fetch it again") from None
+
+
+def off_grid_split(images, input_ratio=0.2, output_ratio=0.2, generator=None, order=None):
+    """Like sparse_split, but the input lies at random places, not on the pixel grid.
+
+    Its values are read bilinearly from the image at coordinates uniform in [0, 1]^2; input_indices
+    are the nearest pixels. The output are pixels of the grid, for output_ratio None all of them.
+    order: uniform (B, H * W + 2 N_in): first random numbers for the pixels, then the coordinates.
+    """
+    batch, _, height, width = images.shape
+    pixels = height * width
+    n_in, n_out = count_split(pixels, input_ratio, output_ratio)
+    if order is None:
+        order = torch.rand(batch, pixels + 2 * n_in, generator=generator, device=images.device)
+    split = sparse_split(images, input_ratio, None, order=order[:, :pixels])
+    for key in ("indices", "coords", "values"):
+        everywhere = torch.cat([split[f"output_{key}"], split[f"input_{key}"]], dim=1)
+        split[f"output_{key}"] = everywhere[:, :pixels if output_ratio is None else n_out]
+    coords = order[:, pixels:].unflatten(1, (n_in, 2))
+    grid = to_signed(coords)[:, :, None]                                   # (B, N_in, 1, 2)
+    values = F.grid_sample(split["full_image"], grid, align_corners=True)  # (B, C, N_in, 1)
+    column, row = (coords * coords.new_tensor([width - 1, height - 1])).round().long().unbind(-1)
+    split["input_indices"] = row * width + column
+    split["input_coords"], split["input_values"] = coords, values[..., 0].mT
+    return split
 
 
 def count_split(num_pixels, input_ratio, output_ratio):
@@ -484,6 +484,8 @@ def axis(values):
 
 def run(main):
     """Call main(). An expected error ends in one line and exit code 1, Ctrl-C in 130."""
+    if sys.version_info < (3, 11):
+        sys.exit("error: Python 3.11 or later is needed, and this is " + sys.version.split()[0])
     try:
         main()
     except (ValueError, OSError, torch.linalg.LinAlgError) as problem:

@@ -155,8 +155,9 @@ class Block(nn.Module):
         self.norm_context = nn.LayerNorm(dim) if cross else None
         self.attention = Attention(dim, num_heads, placed)
         self.norm_mlp = nn.LayerNorm(dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.ReLU(), nn.Linear(2 * dim, dim),
-                                 nn.Dropout(dropout))
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, 2 * dim), nn.ReLU(),
+            nn.Linear(2 * dim, dim), nn.Dropout(dropout))
 
     def forward(self, x, x_coords=None, context=None, context_coords=None, log_w=None):
         y = self.norm_x(x)
@@ -296,7 +297,8 @@ class IndependentPixels(nn.Module):
 
     def forward(self, input_coords, y_in, output_coords, y_t=None, noise_variance=None):
         """Arguments and results are those of GaussianField."""
-        variance = (y_in.square().sum(dim=1, keepdim=True) + 2 * 0.05) / (y_in.shape[1] + 2)
+        squared = y_in.square().sum(dim=1, keepdim=True)
+        variance = (squared + 2 * 0.05) / (y_in.shape[1] + 2)
         y_out = y_in.new_zeros(*output_coords.shape[:2], y_in.shape[2])
         if y_t is not None:
             y_out = variance / (variance + noise_variance) * y_t
@@ -368,7 +370,7 @@ class NFDenoiser(nn.Module):
             # DDPM, eq. 4: x_t / sqrt(alpha_bar) = x_0 + noise of this variance
             noise_variance = (1 - alpha_bar) / alpha_bar
             if x_t is not None:
-                y_t = (x_t @ self.colours) / alpha_bar.sqrt() - mean
+                y_t = (x_t.to(x_in) @ self.colours) / alpha_bar.sqrt() - mean
             y_image, y_out, variance = self.prior(input_coords, y_in, output_coords, y_t,
                                                   noise_variance)
             # x_0 is known up to `unexplained` from its neighbours and up to noise_variance from
@@ -380,10 +382,11 @@ class NFDenoiser(nn.Module):
 
         answer, features = torch.zeros_like(y_out), []
         if self.unet:
-            planes = [y_image / contrast.mT[..., None],                    # (B, C, side, side)
-                      scatter(input_coords, torch.ones_like(x_in[..., :1]), self.side),
-                      scatter(output_coords, alpha_bar.expand_as(y_out[..., :1]), self.side),
-                      alpha_bar.sqrt()[..., None].expand(-1, -1, self.side, self.side)]
+            picture = y_image / contrast.mT[..., None]                     # (B, C, side, side)
+            input_mask = scatter(input_coords, torch.ones_like(x_in[..., :1]), self.side)
+            output_mask = scatter(output_coords, alpha_bar.expand_as(y_out[..., :1]), self.side)
+            noise_level = alpha_bar.sqrt()[..., None].expand_as(input_mask)
+            planes = [picture, input_mask, output_mask, noise_level]
             image = self.unet(torch.cat(planes, dim=1))
             features = [read_at(image, output_coords).relu()]              # (B, N_out, widths[0])
             answer = answer + self.unet_to_values(features[0])
@@ -430,8 +433,7 @@ def one_step_mean(model, schedule, output_coords, input_coords, input_values):
     """
     t = torch.full((len(input_values),), schedule.timesteps - 1, device=input_values.device)
     x_0_hat = model(None, output_coords, t, input_coords, input_values)
-    flip = lambda coords: torch.stack([1 - coords[..., 0], coords[..., 1]], dim=-1)
-    mirrored = model(None, flip(output_coords), t, flip(input_coords), input_values)
+    mirrored = model(None, mirror(output_coords), t, mirror(input_coords), input_values)
     return (x_0_hat + mirrored) / 2
 
 
@@ -442,9 +444,13 @@ def ddim_sample(model, schedule, output_coords, input_coords, input_values, num_
     output_coords (B, N_out, 2), input_coords (B, N_in, 2), input_values (B, N_in, C) in [-1, 1].
     Returns (B, N_out, C), not clamped. Other arguments and errors are those of schedule.ddim.
     """
-    from schedule import ddim
-    x_T = standard_normal(output_coords, input_values, generator)
-    denoise = lambda x_t, t: model(x_t, output_coords, t, input_coords, input_values)
+    from schedule import ddim, normal_like
+
+    def denoise(x_t, t):
+        return model(x_t, output_coords, t, input_coords, input_values)
+
+    like = input_values[:, :1].expand(-1, output_coords.shape[1], -1)      # (B, N_out, C)
+    x_T = normal_like(like, generator)
     return ddim(denoise, schedule, x_T, num_steps, eta, generator, on_step)
 
 
@@ -505,17 +511,13 @@ class UNet(nn.Module):
 def ddpm_sample(model, schedule, output_coords, input_coords, input_values, generator=None,
                 on_step=None):
     """Like ddim_sample, by schedule.ddpm."""
-    from schedule import ddpm
-    x_T = standard_normal(output_coords, input_values, generator)
-    denoise = lambda x_t, t: model(x_t, output_coords, t, input_coords, input_values)
-    return ddpm(denoise, schedule, x_T, generator, on_step)
+    from schedule import ddpm, normal_like
 
+    def denoise(x_t, t):
+        return model(x_t, output_coords, t, input_coords, input_values)
 
-def standard_normal(coords, values, generator):
-    """N(0, 1) for each of coords (B, N, 2) and each channel of values (B, M, C): (B, N, C)."""
-    device = generator.device if generator else values.device
-    shape = *coords.shape[:2], values.shape[2]
-    return torch.randn(shape, generator=generator, device=device).to(values)
+    like = input_values[:, :1].expand(-1, output_coords.shape[1], -1)      # (B, N_out, C)
+    return ddpm(denoise, schedule, normal_like(like, generator), generator, on_step)
 
 
 def pixel_covariance(images):
@@ -529,8 +531,9 @@ def pixel_covariance(images):
     for part in images.split(1000):
         x = part.flatten(0, 1).flatten(1).float() / 127.5 - 1              # (1000 C, side * side)
         total = total + x.T @ x
-    mirrored = torch.arange(side * side, device=images.device).view(side, side).flip(1).flatten()
-    total = total + total[mirrored][:, mirrored]
+    pixels = torch.arange(side * side, device=images.device).view(side, side)
+    flipped = pixels.flip(1).flatten()
+    total = total + total[flipped][:, flipped]
     return total / total.diagonal().mean()
 
 
@@ -579,6 +582,12 @@ def scatter(coords, values, side):
     indices = (row * side + column)[:, None].expand(-1, values.shape[2], -1)
     image = values.new_zeros(len(values), values.shape[2], side * side)
     return image.scatter(2, indices, values.mT).unflatten(2, (side, side))
+
+
+def mirror(coords):
+    """Coordinates (B, N, 2) of the image flipped from left to right."""
+    x, y = coords.unbind(-1)
+    return torch.stack([1 - x, y], dim=-1)
 
 
 def read_at(image, coords):

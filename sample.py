@@ -140,7 +140,9 @@ def restore(image, input_mask, answer, side=32):
         ready = windows[counts >= max(1, counts.max() / 4)]
         total = torch.zeros_like(pixels)
         total_weight = torch.zeros_like(pixels[:, :1])
-        for window in ready:
+        for i, window in enumerate(ready):
+            if sys.stdout.isatty():
+                print(f"{i:,} of {len(ready):,} windows", end="\x1b[K\r", flush=True)
             inputs = known[window].nonzero()[:, 0]
             outputs = (~known[window]).nonzero()[:, 0]
             input_values = pixels[window[inputs]][None]                      # (1, N_in, C)

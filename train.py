@@ -42,7 +42,6 @@ from noise import NOISES, add_mixed_noise
 from schedule import DiffusionSchedule
 
 
-# ------------------------------------------------------------------- what is trained: two models
 def nf_task(args, images, test_images, rows):
     """The neural field: its model, the loss of a batch, and a figure to watch.
 
@@ -84,55 +83,6 @@ def nf_task(args, images, test_images, rows):
                            every=min(500, max(1, args.steps // 8)))
 
 
-def draw_split(images, index, output_ratio, args):
-    """Input and output pixels of the images `index`, new ones or, with --masks fixed, always the
-    same ones for an image."""
-    order, pixels = None, images[0, 0].numel()
-    if args.pixels == "anywhere":
-        pixels += 2 * int(0.2 * pixels)  # and two coordinates for each input
-    if args.masks == "fixed":
-        order = fixed_order(args.seed, index, pixels)
-    make_split = off_grid_split if args.pixels == "anywhere" else sparse_split
-    return make_split(images[index], output_ratio=output_ratio, order=order)
-
-
-def mixed_precision(device):
-    """bfloat16 autocast where a GPU has it in hardware."""
-    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
-
-
-def autoencoder_task(args, images, test_images, rows):
-    """The autoencoders, as nf_task. Raises ValueError for images that they cannot take."""
-    if images.shape[1:] != (1, 28, 28):
-        raise ValueError("the autoencoders take 28 x 28 grey images: --data mnist, glyphs or "
-                         "a folder of pictures")
-    config = dict(input_dim=784, latent_dim=64)
-    model = DenoisingAutoencoder(**config)
-    model.init_output_bias(images / 255)
-    model = model.to(args.device)
-    corrupt = corruption(args.noise)
-
-    def batch_loss(index):
-        clean = images[index].flatten(1) / 255
-        noisy = corrupt(clean)  # of all processes: two draw the same noise as one
-        return autoencoder_loss(model, clean[rows], noisy[rows])
-
-    @torch.no_grad()
-    def measure():
-        test = test_images[:1000].flatten(1) / 255
-        noisy = corrupt(test, generator=torch.Generator(test.device).manual_seed(0))
-        return [autoencoder_loss(model, test, noisy).item()]
-
-    def report(folder):
-        return report_autoencoder(model, test_images, folder, args.noise)
-
-    return SimpleNamespace(model=model, config=config, batch_loss=batch_loss, measure=measure,
-                           report=report, metric="test MSE", warmup=0.1,
-                           every=len(images) // args.batch_size)
-
-
-# ------------------------------------------------------------------------------ Muon and the loop
 class Muon(torch.optim.Optimizer):
     """Momentum whose matrices are made orthogonal. Jordan et al. (2024), kellerjordan.github.io.
 
@@ -162,29 +112,6 @@ class Muon(torch.optim.Optimizer):
                 scale = max(1, update.shape[0] / update.shape[1]) ** 0.5
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(x.view_as(p), alpha=-group["lr"] * scale)
-
-
-def make_optimizers(model, args):
-    """AdamW; for small and medium fields Muon for the matrices and kernels, AdamW for the rest.
-
-    Muon's steps have a fixed size, AdamW's shrink with noisy gradients, so their learning rates are
-    not comparable: 0.15 of --lr was the best ratio of a few. Latents, the first convolution and the
-    output layers stay with AdamW.
-    """
-    muon = args.model == "nf" and args.size != "full"
-    others = ("latents", "to_values.weight", "unet.first.weight")
-    matrices, rest = [], []
-    for name, p in model.named_parameters():
-        is_matrix = muon and p.dim() > 1 and not name.endswith(others)
-        (matrices if is_matrix else rest).append(p)
-    optimizers = []
-    if matrices:
-        optimizers.append(Muon(matrices, args.lr))
-    if rest:
-        lr = 0.15 * args.lr if muon else args.lr
-        decay = 0.01 if args.model == "nf" else 0.0
-        optimizers.append(torch.optim.AdamW(rest, lr, weight_decay=decay, fused=True))
-    return optimizers
 
 
 def learning_rate(step, steps, warmup):
@@ -229,7 +156,78 @@ def average_gradients(model, world):
         p.grad /= world
 
 
-# ============================== below: the run (saving, resuming, stopping), pictures, command line
+# ================ below: the autoencoders, optimizers, the run with its checkpoints, command line
+def autoencoder_task(args, images, test_images, rows):
+    """The autoencoders, as nf_task. Raises ValueError for images that they cannot take."""
+    if images.shape[1:] != (1, 28, 28):
+        raise ValueError("the autoencoders take 28 x 28 grey images: --data mnist, glyphs or "
+                         "a folder of pictures")
+    config = dict(input_dim=784, latent_dim=64)
+    model = DenoisingAutoencoder(**config)
+    model.init_output_bias(images / 255)
+    model = model.to(args.device)
+    corrupt = corruption(args.noise)
+
+    def batch_loss(index):
+        clean = images[index].flatten(1) / 255
+        noisy = corrupt(clean)  # of all processes: two draw the same noise as one
+        return autoencoder_loss(model, clean[rows], noisy[rows])
+
+    @torch.no_grad()
+    def measure():
+        test = test_images[:1000].flatten(1) / 255
+        noisy = corrupt(test, generator=torch.Generator(test.device).manual_seed(0))
+        return [autoencoder_loss(model, test, noisy).item()]
+
+    def report(folder):
+        return report_autoencoder(model, test_images, folder, args.noise)
+
+    return SimpleNamespace(model=model, config=config, batch_loss=batch_loss, measure=measure,
+                           report=report, metric="test MSE", warmup=0.1,
+                           every=len(images) // args.batch_size)
+
+
+def draw_split(images, index, output_ratio, args):
+    """Input and output pixels of the images `index`, new ones or, with --masks fixed, always the
+    same ones for an image."""
+    order, pixels = None, images[0, 0].numel()
+    if args.pixels == "anywhere":
+        pixels += 2 * int(0.2 * pixels)  # and two coordinates for each input
+    if args.masks == "fixed":
+        order = fixed_order(args.seed, index, pixels)
+    make_split = off_grid_split if args.pixels == "anywhere" else sparse_split
+    return make_split(images[index], output_ratio=output_ratio, order=order)
+
+
+def mixed_precision(device):
+    """bfloat16 autocast where a GPU has it in hardware."""
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+
+
+def make_optimizers(model, args):
+    """AdamW; for small and medium fields Muon for the matrices and kernels, AdamW for the rest.
+
+    Muon's steps have a fixed size, AdamW's shrink with noisy gradients, so their learning rates are
+    not comparable: 0.15 of --lr was the best ratio of a few. Latents, the first convolution and the
+    output layers stay with AdamW.
+    """
+    muon = args.model == "nf" and args.size != "full"
+    others = ("latents", "to_values.weight", "unet.first.weight")
+    matrices, rest = [], []
+    for name, p in model.named_parameters():
+        is_matrix = muon and p.dim() > 1 and not name.endswith(others)
+        (matrices if is_matrix else rest).append(p)
+    optimizers = []
+    if matrices:
+        optimizers.append(Muon(matrices, args.lr))
+    if rest:
+        lr = 0.15 * args.lr if muon else args.lr
+        decay = 0.01 if args.model == "nf" else 0.0
+        optimizers.append(torch.optim.AdamW(rest, lr, weight_decay=decay, fused=True))
+    return optimizers
+
+
 def train(task, optimizers, images, args, path, rank, world):
     """Run the loop; test, save and print now and then. Returns (losses, tests).
 
