@@ -129,10 +129,11 @@ def restore(image, input_mask, answer, side=32):
     if not input_mask.any():
         raise ValueError("no pixel of the picture is given: there is nothing to restore it from")
     windows = overlapping_windows(*input_mask.shape, side).to(image.device)  # (W, side * side)
-    coords = grid_coords(side, side).to(image.device)                        # (side * side, 2)
-    ramp = torch.sin(math.pi * (torch.arange(side, device=image.device) + 0.5) / side) ** 2
-    weight = torch.outer(ramp, ramp).view(-1, 1)                             # (side * side, 1)
-    pixels, known = image.flatten(1).mT, input_mask.flatten()                # (H * W, C), (H * W,)
+    coords = grid_coords(side, side).to(image)                               # (side * side, 2)
+    ramp = torch.sin(math.pi * (torch.arange(side) + 0.5) / side) ** 2
+    weight = torch.outer(ramp, ramp).view(-1, 1).to(image)                   # (side * side, 1)
+    pixels = image.flatten(1).mT                                             # (H * W, C)
+    known = input_mask.flatten()                                             # (H * W,)
     while not known.all():
         counts = known[windows].sum(dim=1)
         counts[counts == side * side] = 0  # complete: nothing to do
@@ -142,12 +143,14 @@ def restore(image, input_mask, answer, side=32):
         for i, window in enumerate(ready):
             if sys.stdout.isatty():
                 print(f"{i:,} of {len(ready):,} windows", end="\x1b[K\r", flush=True)
-            inputs, outputs = known[window].nonzero()[:, 0], (~known[window]).nonzero()[:, 0]
-            input_values = pixels[window[inputs]]                            # (N_in, C)
-            values = answer(coords[outputs][None], coords[inputs][None], input_values[None])[0]
-            places = window[outputs]  # in a mirrored part one pixel has several
-            total.index_add_(0, places, weight[outputs] * values.clamp(-1, 1))
-            total_weight.index_add_(0, places, weight[outputs])
+            inputs = known[window].nonzero()[:, 0]
+            outputs = (~known[window]).nonzero()[:, 0]
+            input_values = pixels[window[inputs]][None]                      # (1, N_in, C)
+            values = answer(coords[outputs][None], coords[inputs][None], input_values)
+            values = weight[outputs] * values[0].clamp(-1, 1)                # (N_out, C)
+            # index_add_ instead of +=: where a window is mirrored, it has a pixel twice
+            total.index_add_(0, window[outputs], values)
+            total_weight.index_add_(0, window[outputs], weight[outputs])
         filled = total_weight[:, 0] > 0
         pixels = torch.where(filled[:, None], total / total_weight, pixels)
         known = known | filled
@@ -165,13 +168,15 @@ def overlapping_windows(height, width, side):
         return torch.from_numpy(np.pad(np.arange(n), (0, extra), "symmetric"))
 
     index = mirrored(height)[:, None] * width + mirrored(width)
-    windows = index.unfold(0, side, side // 2).unfold(1, side, side // 2)
+    windows = index.unfold(0, side, side // 2)
+    windows = windows.unfold(1, side, side // 2)
     return windows.reshape(-1, side * side)
 
 
 def grid_coords(height, width):
     """(x, y) of all pixels, row by row: (height * width, 2) in [0, 1]."""
-    y, x = torch.linspace(0, 1, height), torch.linspace(0, 1, width)
+    y = torch.linspace(0, 1, height)
+    x = torch.linspace(0, 1, width)
     return torch.cartesian_prod(y, x).flip(1)
 
 
@@ -182,13 +187,17 @@ def split_images(images, indices, seed=0, input_ratio=0.2, full=False, pixels="g
     "anywhere", where the input lies. A fifth of the image is measured, or with `full` all outputs.
     """
     total = images[0, 0].numel()
-    make_split, numbers = sparse_split, total
+    make_split = sparse_split
+    numbers = total
     if pixels == "anywhere":
-        make_split, numbers = off_grid_split, total + 2 * int(total * input_ratio)
+        make_split = off_grid_split
+        numbers += 2 * int(total * input_ratio)  # the coordinates of the input
     order = fixed_order(seed, indices, numbers).to(images.device)
     split = make_split(images, input_ratio, None, order=order)
-    missing = split["output_indices"].shape[1]
-    return split, missing if full else min(missing, total // 5)
+    n_out = split["output_indices"].shape[1]
+    if not full:
+        n_out = min(n_out, total // 5)
+    return split, n_out
 
 
 def assemble(split, values=None):
@@ -219,9 +228,11 @@ def evaluate_field(model, schedule, images, draw=None, batch=25, **options):
         for method, values in reconstruct(model, schedule, split, draw, n_out).items():
             error = to_unit(values) - to_unit(split["output_values"])
             error = error[:, :n_out].double()
+            mse = error.square().mean(dim=(1, 2))                          # (B,)
+            mae = error.abs().mean(dim=(1, 2))
             similarity = ssim(assemble(split, values), truth)
-            row = [error.square().mean((1, 2)), error.abs().mean((1, 2)), similarity]
-            figures.setdefault(method, []).append(torch.stack(row))        # (3, B)
+            rows = figures.setdefault(method, [])
+            rows.append(torch.stack([mse, mae, similarity]))               # (3, B)
     results = {}
     for method, rows in figures.items():
         mse, mae, similarity = torch.cat(rows, dim=1).mean(dim=1).tolist()
@@ -241,16 +252,19 @@ def evaluate_samples(model, schedule, images, draw, count, **options):
         copies = image.expand(count, -1, -1, -1)
         split, n_out = split_images(copies, torch.full((count,), i), **options)
         values = reconstruct(model, schedule, split, draw, n_out)["sample"]
-        samples, truth = assemble(split, values), to_unit(split["full_image"][0])
+        samples = assemble(split, values)
+        truth = to_unit(split["full_image"][0])
         mean = samples.mean(dim=0)
         std = samples.std(dim=0)
         error = mean - truth
         rows.append([*samples[:2], mean, truth, heat(std, 0.25), heat(error, 0.25)])
         figures = torch.stack([covered(samples, truth), std, error.square()])
-        places = split["output_indices"][0, :n_out]
-        total += figures.flatten(2)[:, :, places].mean(dim=(1, 2))
+        figures = figures.flatten(2)                                       # (3, C, H * W)
+        measured = split["output_indices"][0, :n_out]
+        total += figures[:, :, measured].mean(dim=(1, 2))
     coverage, spread, mse = (total / len(images)).tolist()
-    return dict(coverage=coverage, spread=spread, psnr_mean=psnr(mse)), rows
+    figures = dict(coverage=coverage, spread=spread, psnr_mean=psnr(mse))
+    return figures, rows
 
 
 # -------------------------------------------------------------------------------------- pictures
@@ -263,7 +277,8 @@ def draw_field(split, answers):
     for given, truth, *images in zip(assemble(split), truths, *columns):
         rows.append([given, *images, truth, heat(images[1] - truth)])
         mses = [(image - truth).square().mean().item() for image in images]
-        captions.append(["", *(f"{psnr(mse):.1f} dB" for mse in mses), "", "white: 0.5"])
+        decibels = [f"{psnr(mse):.1f} dB" for mse in mses]
+        captions.append(["", *decibels, "", "white: 0.5"])
     labels = ["input pixels", *methods, "truth", "error of mean"]
     return image_grid(rows, labels, captions=captions)
 
@@ -285,10 +300,12 @@ def animate(split, frames, path):
 
     frames: (t, x_t, x_0_hat) of each step. The last one stays for a while.
     """
+    step = max(1, len(frames) // 25)
     pictures = []
-    for t, *values in frames[::max(1, len(frames) // 25)] + frames[-1:] * 10:
-        rows = [assemble(split, x)[:3] for x in values]
-        pictures.append(image_grid(rows, [f"t = {t}"], ["x_t", "prediction"], zoom=3).quantize(64))
+    for t, x_t, x_0_hat in frames[::step] + frames[-1:] * 10:
+        rows = [assemble(split, x)[:3] for x in (x_t, x_0_hat)]
+        picture = image_grid(rows, [f"t = {t}"], ["x_t", "prediction"], zoom=3)
+        pictures.append(picture.quantize(64))
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=120, loop=0)
     print(f"animation: {path}")
 
@@ -479,7 +496,7 @@ def parse_arguments(argv):
         help="share of the pixels that is given")
     add("--pixels", choices=["grid", "anywhere"],
         help="where the input lies (default: what the model was trained on)")
-    add("--samples", type=between(2, 1000), metavar="K", help="measure the spread of K samples")
+    add("--samples", type=between(2, 1000), help="measure the spread of so many samples")
     add("--full", action="store_true", help="sample all missing pixels jointly")
     add("--scale", type=between(1, 16), default=1, help="draw on a grid this many times as fine")
     add("--gif", action="store_true", help="animate the denoising")
@@ -487,10 +504,10 @@ def parse_arguments(argv):
     add("--mask", type=Path,
         help="of --image, as large; white: missing (cover a little more than the damage)")
     add("--size", type=between(1, 64), help="reduce --image to the size of the training images, 32")
-    add("--evaluate", type=between(1, 10**6), nargs="?", const=1000, default=6, metavar="N",
-        help="measure on the first N test images (1,000 if N is left out)")
-    add("--export", type=Path, metavar="FILE", help="write the weights alone, in half precision")
-    add("--json", type=Path, metavar="FILE", help="write the figures of the table to FILE")
+    add("--evaluate", type=between(1, 10**6), nargs="?", const=1000, default=6,
+        help="measure on so many test images (1,000 if no number is given)")
+    add("--export", type=Path, help="write the weights alone, in half precision, to this file")
+    add("--json", type=Path, help="write the figures of the table to this file")
     add("--data", help="default: what the model was trained on")
     add("--data-dir", type=Path, default=Path("data"), help="folder of the data sets")
     add("--out", type=Path, default=Path("out"), help="folder for everything that is written")
