@@ -88,8 +88,8 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(dim, dim)
         self.log_reach = None
         if placed:  # at first from 0.7 to 4 pixels of an image of 32 x 32
-            reach = torch.logspace(math.log10(0.7 / 31), math.log10(4 / 31), num_heads)
-            self.log_reach = nn.Parameter(reach.log())
+            first, last = math.log(0.7 / 31), math.log(4 / 31)
+            self.log_reach = nn.Parameter(torch.linspace(first, last, num_heads))
 
     def forward(self, x, context, x_coords=None, context_coords=None, log_w=None):
         q = self.split_heads(self.to_q(x))                                 # (B, heads, N, d)
@@ -138,9 +138,12 @@ def rotate(x, coords):
     wavelengths = torch.logspace(math.log10(0.08), math.log10(1.3), x.shape[-1] // 4)
     angle = 2 * math.pi * coords[..., None] / wavelengths.to(coords)       # (B, N, 2, d / 4)
     angle = angle.flatten(2)[:, None]                                      # (B, 1, N, d / 2)
-    cos, sin = angle.cos(), angle.sin()
+    cos = angle.cos()
+    sin = angle.sin()
     first, second = x.chunk(2, dim=-1)
-    return first * cos - second * sin, first * sin + second * cos
+    turned_first = first * cos - second * sin
+    turned_second = first * sin + second * cos
+    return turned_first, turned_second
 
 
 class Block(nn.Module):
@@ -209,7 +212,8 @@ class PerceiverIO(nn.Module):
         if log_w is not None:
             context = torch.cat([inputs, queries], dim=1)                  # (B, N + M, dim)
             context_coords = torch.cat([input_coords, query_coords], dim=1)
-            log_w = F.pad(log_w.expand(-1, queries.shape[1]), (inputs.shape[1], 0))
+            log_w = log_w.expand(-1, queries.shape[1])                     # (B, M)
+            log_w = F.pad(log_w, (inputs.shape[1], 0))                     # 0 for the inputs: w = 1
         latents, latent_coords = inputs, input_coords
         if self.latents is not None:
             latents, latent_coords = self.latents.expand(len(inputs), -1, -1), None
@@ -262,7 +266,8 @@ class GaussianField(nn.Module):
         if y_t is not None:  # the same system with all N = N_in + N_out pixels
             noise_t = noise_variance / variance
             noise = torch.cat([noise.expand_as(y_in), noise_t.expand_as(y_t)], dim=1)
-            seen = corners(torch.cat([input_coords, output_coords], dim=1), side)
+            coords = torch.cat([input_coords, output_coords], dim=1)
+            seen = corners(coords, side)
             weights = self.solve(seen, noise, torch.cat([y_in, y_t], dim=1))
         image = splat(seen, weights, side**2) @ self.covariance            # (B, C, P)
         image = image.unflatten(2, (side, side))
@@ -421,8 +426,10 @@ def nf_loss(model, schedule, split, pure_noise, rows=slice(None)):
     x_t = None
     if not pure_noise:
         x_t = schedule.q_sample(x_0, t, noise=torch.randn_like(x_0))[rows]
-    x_0_hat = model(x_t, split["output_coords"][rows], t[rows], split["input_coords"][rows],
-                    split["input_values"][rows])
+    output_coords = split["output_coords"][rows]
+    input_coords = split["input_coords"][rows]
+    input_values = split["input_values"][rows]
+    x_0_hat = model(x_t, output_coords, t[rows], input_coords, input_values)
     return F.mse_loss(x_0_hat, x_0[rows])
 
 
@@ -560,9 +567,11 @@ def corners(coords, side):
     column, row = low.long().unbind(-1)
     first = row * side + column
     right, down = (place - low).unbind(-1)                                 # (B, N), 0 to 1
-    left, up = 1 - right, 1 - down
-    indices = torch.stack([first, first + 1, first + side, first + side + 1], dim=-1)
-    return indices, torch.stack([left * up, right * up, left * down, right * down], dim=-1)
+    left = 1 - right
+    up = 1 - down
+    indices = [first, first + 1, first + side, first + side + 1]
+    weights = [left * up, right * up, left * down, right * down]
+    return torch.stack(indices, dim=-1), torch.stack(weights, dim=-1)
 
 
 def splat(seen, values, pixels):
@@ -579,10 +588,12 @@ def scatter(coords, values, side):
 
     Of values with the same pixel, any one is kept.
     """
+    values = values.mT                                                     # (B, C, N)
     column, row = (coords * (side - 1)).round().long().unbind(-1)
-    indices = (row * side + column)[:, None].expand(-1, values.shape[2], -1)
-    image = values.new_zeros(len(values), values.shape[2], side * side)
-    return image.scatter(2, indices, values.mT).unflatten(2, (side, side))
+    indices = row * side + column
+    image = values.new_zeros(*values.shape[:2], side * side)
+    image = image.scatter(2, indices[:, None].expand_as(values), values)
+    return image.unflatten(2, (side, side))
 
 
 def mirror(coords):
