@@ -114,8 +114,8 @@ class Attention(nn.Module):
             squared = p_context.square().sum(dim=-1, keepdim=True)         # (B, heads, M, 1)
             precision = torch.exp(-2 * self.log_reach)[:, None, None]      # 1 / reach^2
             falls = log_w - precision / 2 * squared
-            q = torch.cat([*rotate(q, x_coords), precision * p, one], dim=-1)
-            k = torch.cat([*rotate(k, context_coords), p_context, falls], dim=-1)
+            q = torch.cat([rotate(q, x_coords), precision * p, one], dim=-1)
+            k = torch.cat([rotate(k, context_coords), p_context, falls], dim=-1)
         v = F.pad(v, (0, q.shape[-1] - d))  # the fast kernels need one width for q, k and v
         with torch.autocast(x.device.type, enabled=False):  # bf16 would round the distances
             y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), scale=1.0)
@@ -133,17 +133,15 @@ def rotate(x, coords):
     with y, at wavelengths from 0.08 to 1.3 of the image's side. The dot product of two vectors
     then depends on where they are to each other: a query can look for "two pixels to the left".
 
-    x (B, heads, N, d), coords (B, N, 2) -> the two halves, each (B, heads, N, d / 2).
+    x (B, heads, N, d), coords (B, N, 2) -> (B, heads, N, d).
     """
     wavelengths = torch.logspace(math.log10(0.08), math.log10(1.3), x.shape[-1] // 4)
     angle = 2 * math.pi * coords[..., None] / wavelengths.to(coords)       # (B, N, 2, d / 4)
     angle = angle.flatten(2)[:, None]                                      # (B, 1, N, d / 2)
-    cos = angle.cos()
-    sin = angle.sin()
-    first, second = x.chunk(2, dim=-1)
-    turned_first = first * cos - second * sin
-    turned_second = first * sin + second * cos
-    return turned_first, turned_second
+    # a pair as a complex number is turned by a product with exp(i angle)
+    pairs = torch.view_as_complex(x.to(angle.dtype).unflatten(-1, (-1, 2)))
+    turned = pairs * torch.polar(torch.ones_like(angle), angle)
+    return torch.view_as_real(turned).flatten(-2)
 
 
 class Block(nn.Module):

@@ -1792,7 +1792,7 @@ def test_attention_is_a_softmax_over_the_context():
 
 def rotated(vector, place):
     """Rotary embedding: complex numbers that turn, one half with x and the other with y."""
-    real, imaginary = vector.chunk(2)
+    real, imaginary = vector[0::2], vector[1::2]
     wavelengths = torch.from_numpy(np.geomspace(0.08, 1.3, 3))
     angles = torch.outer(place, 2 * math.pi / wavelengths)
     return (real + 1j * imaginary) * torch.exp(1j * angles.flatten())

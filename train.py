@@ -57,10 +57,13 @@ def nf_task(args, images, test_images, rows):
 
     def batch_loss(index):
         # Half of the batch trains the one-step mean, half the steps of a sampler. A U-Net computes
-        # all pixels anyway, so it may answer for all that are missing.
+        # all pixels anyway, so the first half may ask it for all that are missing; attention takes
+        # longer the more are asked.
         mean_half, sampling_half = index.chunk(2)
-        missing = None if "unet" in args.parts else 0.2
-        split = draw_split(images, mean_half, missing, args)
+        output_ratio = 0.2
+        if "unet" in args.parts:
+            output_ratio = 0.4 if "perceiver" in args.parts else None
+        split = draw_split(images, mean_half, output_ratio, args)
         with mixed_precision(args.device):
             loss = nf_loss(model, schedule, split, pure_noise=True, rows=rows)
         split = draw_split(images, sampling_half, 0.2, args)
