@@ -253,36 +253,25 @@ class GaussianField(nn.Module):
         variance (B, 1, C). Raises torch.linalg.LinAlgError (a RuntimeError) if the covariance is
         not positive definite.
         """
+        n_in, coords, y = y_in.shape[1], input_coords, y_in
+        if y_t is not None:
+            coords = torch.cat([input_coords, output_coords], dim=1)
+            y = torch.cat([y_in, y_t], dim=1)
         side = math.isqrt(len(self.covariance))
-        seen = corners(input_coords, side)
-        noise = torch.full_like(y_in[..., :1], self.jitter)                # (B, N_in, 1)
-        weights = self.solve(seen, noise, y_in)                            # (B, N_in, C)
+        # K(seen, all): rows of the covariance. Read again at the same places: K(seen, seen).
+        K_all = read_rows(self.covariance, coords.to(y), side)             # (B, N, P)
+        K = read_at(K_all.unflatten(2, (side, side)), coords.to(y))        # (B, N, N)
+        noise = torch.full_like(y_in, self.jitter)
+        weights = solve(K[:, :n_in, :n_in], noise[..., :1], y_in)          # (B, N_in, C)
         # maximum likelihood, y^T K^-1 y / N, as if two more pixels of variance 0.05 had been seen:
         # otherwise an image of one colour would have none
         quadratic = (y_in * weights).sum(dim=1, keepdim=True)
-        variance = (quadratic + 2 * 0.05) / (y_in.shape[1] + 2)             # (B, 1, C)
+        variance = (quadratic + 2 * 0.05) / (n_in + 2)                     # (B, 1, C)
         if y_t is not None:  # the same system with all N = N_in + N_out pixels
-            noise_t = noise_variance / variance
-            noise = torch.cat([noise.expand_as(y_in), noise_t.expand_as(y_t)], dim=1)
-            coords = torch.cat([input_coords, output_coords], dim=1)
-            seen = corners(coords, side)
-            weights = self.solve(seen, noise, torch.cat([y_in, y_t], dim=1))
-        image = splat(seen, weights, side**2) @ self.covariance            # (B, C, P)
-        image = image.unflatten(2, (side, side))
+            noise_t = (noise_variance / variance).expand_as(y_t)
+            weights = solve(K, torch.cat([noise, noise_t], dim=1), y)
+        image = (weights.mT @ K_all).unflatten(2, (side, side))            # (B, C, side, side)
         return image, read_at(image, output_coords), variance
-
-    def solve(self, seen, noise, y):
-        """(K + D)^-1 y for N places `seen`, noise (B, N, C or 1), y (B, N, C)."""
-        indices, shares = seen                                             # (B, N, 1 or 4)
-        K = 0
-        for i, share in zip(indices.unbind(2), shares.unbind(2)):
-            for j, other in zip(indices.unbind(2), shares.unbind(2)):
-                pairs = self.covariance[i[:, :, None], j[:, None, :]]      # (B, N, N)
-                K = K + share[:, :, None] * other[:, None, :] * pairs
-        K = K[:, None].repeat(1, noise.shape[2], 1, 1)                     # (B, C or 1, N, N)
-        K.diagonal(dim1=2, dim2=3).add_(noise.mT)
-        factor = torch.linalg.cholesky(K)
-        return torch.cholesky_solve(y.mT[..., None], factor)[..., 0].mT
 
 
 class IndependentPixels(nn.Module):
@@ -550,35 +539,31 @@ def exponential_covariance(side, length=16 / 31):
     return torch.exp(-(coords[:, None] - coords).norm(dim=-1) / length)
 
 
-def corners(coords, side):
-    """The pixels around places (B, N, 2) in [0, 1], and their weights in bilinear interpolation.
+def solve(K, noise, y):
+    """(K + D)^-1 y for K (B, N, N), y (B, N, C), D of diagonal noise: (B, N, C), or (B, N, 1)."""
+    K = K[:, None].repeat(1, noise.shape[2], 1, 1)                         # (B, C or 1, N, N)
+    K.diagonal(dim1=2, dim2=3).add_(noise.mT)
+    factor = torch.linalg.cholesky(K)
+    return torch.cholesky_solve(y.mT[..., None], factor)[..., 0].mT
 
-    Returns indices row * side + column, int64, and weights, both (B, N, 4), or (B, N, 1) if every
-    place is a pixel.
+
+def read_rows(matrix, coords, side):
+    """Rows of matrix (side * side, D), one for each pixel, at coords (B, N, 2): (B, N, D).
+
+    Between pixels bilinear interpolation, as in read_at, which would take longer.
     """
     place = coords * (side - 1)
-    low = place.round()
-    if (place - low).abs().max() < 1e-3:
-        column, row = low.long().unbind(-1)
-        return (row * side + column)[..., None], torch.ones_like(coords[..., :1])
+    nearest = place.round()
+    if (place - nearest).abs().max() < 1e-3:
+        column, row = nearest.long().unbind(-1)
+        return matrix[row * side + column]
     low = place.floor().clamp(max=side - 2)
+    x, y = (place - low)[..., None].unbind(2)                              # (B, N, 1), 0 to 1
     column, row = low.long().unbind(-1)
     first = row * side + column
-    right, down = (place - low).unbind(-1)                                 # (B, N), 0 to 1
-    left = 1 - right
-    up = 1 - down
-    indices = [first, first + 1, first + side, first + side + 1]
-    weights = [left * up, right * up, left * down, right * down]
-    return torch.stack(indices, dim=-1), torch.stack(weights, dim=-1)
-
-
-def splat(seen, values, pixels):
-    """The transpose of bilinear reading: values (B, N, C) added to an image (B, C, pixels)."""
-    indices, shares = seen
-    values = shares[..., None] * values[:, :, None]                        # (B, N, 1 or 4, C)
-    values = values.flatten(1, 2).mT                                       # (B, C, N or 4 N)
-    image = values.new_zeros(*values.shape[:2], pixels)
-    return image.scatter_add(2, indices.flatten(1)[:, None].expand_as(values), values)
+    above = (1 - x) * matrix[first] + x * matrix[first + 1]
+    below = (1 - x) * matrix[first + side] + x * matrix[first + side + 1]
+    return (1 - y) * above + y * below
 
 
 def scatter(coords, values, side):
@@ -603,7 +588,7 @@ def mirror(coords):
 def read_at(image, coords):
     """Bilinear interpolation of image (B, C, H, W) at coords (B, N, 2) in [0, 1]: (B, N, C)."""
     grid = 2 * coords[:, :, None] - 1                                      # (B, N, 1, 2)
-    return F.grid_sample(image.float(), grid, align_corners=True)[..., 0].mT
+    return F.grid_sample(image.to(grid), grid, align_corners=True)[..., 0].mT
 
 
 def check_shapes(x_t, output_coords, t, input_coords, input_values, channels):
