@@ -274,32 +274,6 @@ class GaussianField(nn.Module):
         return image, read_at(image, output_coords), variance
 
 
-class IndependentPixels(nn.Module):
-    """The same posterior if no pixel said anything about another: the covariance is the identity.
-
-    The equation above then holds for each pixel alone: a noisy value shrinks towards the mean by
-    the factor variance / (variance + noise). It takes the place of a Gaussian field left out.
-    """
-
-    unexplained = 0.36  # of a pixel's variance, once its neighbours are known
-
-    def __init__(self, side):
-        super().__init__()
-        self.side = side
-
-    def forward(self, input_coords, y_in, output_coords, y_t=None, noise_variance=None):
-        """Arguments and results are those of GaussianField."""
-        squared = y_in.square().sum(dim=1, keepdim=True)
-        variance = (squared + 2 * 0.05) / (y_in.shape[1] + 2)
-        y_out = y_in.new_zeros(*output_coords.shape[:2], y_in.shape[2])
-        coords, values = input_coords, y_in
-        if y_t is not None:
-            y_out = variance / (variance + noise_variance) * y_t
-            coords = torch.cat([output_coords, input_coords], dim=1)
-            values = torch.cat([y_out, y_in], dim=1)
-        return scatter(coords, values, self.side), y_out, variance
-
-
 # -------------------------------------------------------------------------------------- the model
 class NFDenoiser(nn.Module):
     """The neural field: clean values of noisy output pixels, given clean input pixels.
@@ -449,7 +423,33 @@ def ddim_sample(model, schedule, output_coords, input_coords, input_values, num_
     return ddim(denoise, schedule, x_T, num_steps, eta, generator, on_step)
 
 
-# ============================== below: U-Net, time embedding, points and pixels, checks, sizes
+# ================= below: independent pixels, time embedding, U-Net, points and pixels, sizes
+class IndependentPixels(nn.Module):
+    """The same posterior if no pixel said anything about another: the covariance is the identity.
+
+    The equation above then holds for each pixel alone: a noisy value shrinks towards the mean by
+    the factor variance / (variance + noise). It takes the place of a Gaussian field left out.
+    """
+
+    unexplained = 0.36  # of a pixel's variance, once its neighbours are known
+
+    def __init__(self, side):
+        super().__init__()
+        self.side = side
+
+    def forward(self, input_coords, y_in, output_coords, y_t=None, noise_variance=None):
+        """Arguments and results are those of GaussianField."""
+        squared = y_in.square().sum(dim=1, keepdim=True)
+        variance = (squared + 2 * 0.05) / (y_in.shape[1] + 2)
+        y_out = y_in.new_zeros(*output_coords.shape[:2], y_in.shape[2])
+        coords, values = input_coords, y_in
+        if y_t is not None:
+            y_out = variance / (variance + noise_variance) * y_t
+            coords = torch.cat([output_coords, input_coords], dim=1)
+            values = torch.cat([y_out, y_in], dim=1)
+        return scatter(coords, values, self.side), y_out, variance
+
+
 class SinusoidalTimeEmbedding(nn.Module):
     """Sines and cosines of t at falling frequencies. Vaswani et al. (2017), section 3.5.
 
