@@ -3315,7 +3315,7 @@ def test_three_steps_of_the_field_written_out():
                     values = images[index].flatten(2).mT / 127.5 - 1
                     drawn = (torch.rand(20, 1024) if masks == "fresh"
                              else data.fixed_order(42, index, 1024)).argsort(1)
-                    chosen = drawn[:, :204], drawn[:, 204:613 if pure else 408]
+                    chosen = drawn[:, :204], drawn[:, 204:818 if pure else 408]
                     coords = [torch.stack([i % 32, i // 32], -1) / 31 for i in chosen]
                     x_in, x_0 = (values.gather(1, i[..., None].expand(-1, -1, 3)) for i in chosen)
                     t = torch.randint(999 if pure else 0, 1000, (20,))

@@ -62,7 +62,7 @@ def nf_task(args, images, test_images, rows):
         mean_half, sampling_half = index.chunk(2)
         output_ratio = 0.2
         if "unet" in args.parts:
-            output_ratio = 0.4 if "perceiver" in args.parts else None
+            output_ratio = 0.6 if "perceiver" in args.parts else None
         split = draw_split(images, mean_half, output_ratio, args)
         with mixed_precision(args.device):
             loss = nf_loss(model, schedule, split, pure_noise=True, rows=rows)
