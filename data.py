@@ -416,9 +416,9 @@ def to_rgba(file, deep):
 
 def square_picture(picture, channels, side):
     """The middle square of an RGBA image, over white, resized: uint8 (channels, side, side)."""
-    white = Image.new("RGBA", picture.size, "white")
-    picture = Image.alpha_composite(white, picture).convert(MODES[channels])
-    return to_tensor(ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS))
+    small = ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS)
+    white = Image.new("RGBA", small.size, "white")
+    return to_tensor(Image.alpha_composite(white, small).convert(MODES[channels]))
 
 
 def to_tensor(picture):
