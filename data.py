@@ -386,11 +386,6 @@ def load_picture(path, channels, mask=None, input_ratio=0.2, seed=0):
         picture.paste((0, 0, 0, 0), mask=white)
     lowest_alpha, _ = picture.getextrema()[3]
     has_truth = lowest_alpha >= 128 and not mask
-    if max(picture.size) > 1024:
-        print(f"notice: {path} is reduced to 1024 pixels on its longest side")
-        # next to missing pixels an average would be wrong: take the nearest pixel
-        how = Image.Resampling.LANCZOS if has_truth else Image.Resampling.NEAREST
-        picture.thumbnail((1024, 1024), how)
     input_mask = torch.from_numpy(np.array(picture)[:, :, 3] >= 128)
     if has_truth:
         generator = torch.Generator().manual_seed(seed)
@@ -398,16 +393,17 @@ def load_picture(path, channels, mask=None, input_ratio=0.2, seed=0):
         input_mask = (order < int(input_ratio * len(order))).view_as(input_mask)
     if input_mask.all():
         raise ValueError(f"{path}: no pixel is missing, there is nothing to restore")
-    return to_tensor(picture.convert(MODES[channels])), input_mask, has_truth
+    return to_tensor(picture.convert(MODES[channels])), input_mask, has_truth, {}
 
 
-def save_pictures(folder, pictures):
+def save_pictures(folder, pictures, **options):
     """Save {file name: Pillow image} below a folder, all or none, and say where."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():
         picture.save(folder / f".{name}")
     for name in pictures:
         (folder / f".{name}").replace(folder / name)
+    for name in pictures:
         print(f"picture: {folder / name}")
 
 
