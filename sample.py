@@ -28,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from autoencoder import DenoisingAutoencoder, report_autoencoder
 from data import (fixed_order, heat, image_grid, load_dataset, load_picture, off_grid_split,
@@ -118,17 +119,39 @@ def restore(image, input_mask, answer, side=32, on_step=None):
     """Fill the missing pixels of an image of any size by a method for side x side pixels.
 
     image: (C, H, W) in [-1, 1]. input_mask: bool (H, W), the given pixels. answer(output_coords,
-    input_coords, input_values) -> output values, such as kriging. on_step: called for each
-    batch with the numbers of windows done and of all with missing pixels. Returns (C, H, W), the given
-    pixels unchanged. Raises ValueError if there are none.
+    input_coords, input_values) -> output values, such as kriging. on_step: see restore_windows.
+    Returns (C, H, W), the given pixels unchanged. Raises ValueError if there are none.
+
+    At half the size holes are half as wide, and windows of the same number of pixels see twice as
+    far. So the depth of a hole is restored there (and its own depth at a quarter of the size, and
+    so on), and only the rim at full size, which has the detail.
+    """
+    if not input_mask.any():
+        raise ValueError("no pixel of the picture is given: there is nothing to restore it from")
+    restored = restore_windows(image, input_mask, answer, side, on_step)
+    mask = input_mask[None].to(image)                                        # (1, H, W)
+    near, depth = mask, 0  # depth: from 0 beside a given pixel to 1 where none is within 4 pixels
+    for _ in range(4):
+        near = F.max_pool2d(near, 3, stride=1, padding=1)
+        depth += (1 - near) / 4
+    if not depth.any():
+        return restored
+    half = torch.nn.AvgPool2d(2, ceil_mode=True)
+    given = half(mask)
+    small = half(image * mask) / given.clamp(min=0.1)  # the mean of the given ones of four pixels
+    small = restore(small, given[0] > 0, answer, side, on_step)
+    small = F.interpolate(small[None], scale_factor=2, mode="bilinear")[0]
+    return torch.lerp(restored, small[:, :image.shape[1], :image.shape[2]], depth)
+
+
+def restore_windows(image, input_mask, answer, side, on_step=None):
+    """Like restore, at one size. on_step: called with the numbers of windows done and of all.
 
     Windows overlap by one half. Near its edge a window sees one side of a pixel only, so answers
     are averaged with a weight, sin^2, that falls to 0 there. A window inside a hole sees nothing:
     those with fewer than a quarter of the known pixels of the best one wait for a later pass, when
     restored pixels count as known. So holes are filled from their rim.
     """
-    if not input_mask.any():
-        raise ValueError("no pixel of the picture is given: there is nothing to restore it from")
     height, width = input_mask.shape
     rows = window_lines(height, side).to(image.device)                       # (windows, side)
     columns = window_lines(width, side).to(image.device)
@@ -430,8 +453,8 @@ def report_picture(model, schedule, path, folder, mask=None, input_ratio=0.2, se
     device = schedule.betas.device
     image, input_mask, has_truth, info = load_picture(path, len(model.colours), mask, input_ratio,
                                                       seed)
-    image, input_mask = to_signed(image.to(device)), input_mask.to(device)
-    given = image * input_mask
+    image, input_mask = image.to(device), input_mask.to(device)
+    given = to_signed(image) * input_mask
     methods = {"one-step mean": mean}
     if has_truth:
         methods = {"nearest": nearest, "kriging": krige, **methods}
@@ -443,13 +466,13 @@ def report_picture(model, schedule, path, folder, mask=None, input_ratio=0.2, se
     for name, answer in methods.items():
         restored = restore(given, input_mask, answer, model.side, show_progress(name))
         if has_truth:
-            error = (restored - image)[:, ~input_mask] / 2
+            error = (restored - to_signed(image))[:, ~input_mask] / 2
             results[name] = dict(psnr=psnr(error.square().mean().item()))
             name = f"{name:14}{results[name]['psnr']:6.2f} dB"
             print(name, flush=True)
         columns[name] = reduced(to_unit(restored))
     if has_truth:
-        columns["truth"] = reduced(to_unit(image))
+        columns["truth"] = reduced(image / 255)
     picture = to_picture(to_unit(restored))  # of the last method
     if (given == given[:1]).all():
         picture = picture.convert("L")  # grey stays grey
@@ -468,6 +491,8 @@ def show_progress(method):
     times = []
 
     def show(done, total):
+        if done == 0:
+            times.clear()
         times.append(time.time())
         left = (times[-1] - times[0]) / max(done, 1) * (total - done)
         if len(times) == 5 and left > 60:  # the first batches tell how long it will take
