@@ -29,6 +29,7 @@ import tracemalloc
 import types
 import unittest.mock
 import urllib.request
+import warnings
 import zlib
 from pathlib import Path
 
@@ -1135,7 +1136,13 @@ def test_pictures_are_turned_upright():
             exif = Image.Exif()
             exif[0x0112] = turn
             Image.fromarray(wide).save("photo.png", exif=exif)
-            assert np.array_equal(data.open_picture("photo.png"), right), turn
+            assert np.array_equal(data.open_picture("photo.png").convert("RGB"), right), turn
+
+
+def read_square(name, channels=3):
+    """The middle 32 x 32 pixels of a picture of at least that size, (32, 32, C)."""
+    square = data.square_picture(data.open_picture(name), channels, 32)
+    return square.permute(1, 2, 0).numpy()
 
 
 def test_pictures_of_every_kind_are_read():
@@ -1144,10 +1151,7 @@ def test_pictures_of_every_kind_are_read():
     grey = (square @ [0.299, 0.587, 0.114])[..., None]
     palette = plain.quantize(16)
     colours = np.reshape(palette.getpalette(), (-1, 3))[np.asarray(palette)]
-    deep = np.arange(1024, dtype=np.uint16).reshape(32, 32) * 64
-    shades = np.dstack([deep / 257] * 3)
-    sixteen = Image.fromarray(deep)
-    bits = deep > 32767
+    bits = square[..., :1] > 127
     with folder():
         for name, image, right in (
                 ("rgb.tif", plain, square),
@@ -1156,44 +1160,95 @@ def test_pictures_of_every_kind_are_read():
                 ("palette.tif", palette, colours),
                 ("grey.tif", plain, grey),
                 ("grey.png", plain.convert("LA"), grey),
-                ("bits.png", Image.fromarray(bits), np.dstack([bits * 255] * 3)),
-                ("16.tif", sixteen, shades),
-                ("16.png", sixteen, shades),
-                ("16.pgm", sixteen, shades),
-                ("32.tif", Image.fromarray(deep.astype(np.int32)), shades)):
+                ("bits.png", Image.fromarray(bits[..., 0]), bits * 255)):
             image.save(name)
-            got = data.square_picture(data.open_picture(name), right.shape[2], 32)
-            close(got, right.transpose(2, 0, 1), 1)
+            close(read_square(name, right.shape[2]), right, 1)
+
+
+def test_16_bits_become_8_as_the_file_says():
+    deep = np.arange(1024, dtype=np.uint16).reshape(32, 32) * 64
+    white = np.full((32, 32), 65535, np.uint16)
+    with folder():
+        for name in ("16.tif", "16.png", "16.pgm"):
+            Image.fromarray(deep).save(name)
+            pixels, said = quiet(read_square, name)
+            close(pixels, np.dstack([deep / 257] * 3), 1)
+            assert f"{name}: 16 bits become 8" in said and "255 of 255" in said
+        Image.fromarray(white).save("12.tif")
+        bits_per_sample = np.array([[258, 3, 1, 0, 16], [258, 3, 1, 0, 12]], "<u2")
+        content = Path("12.tif").read_bytes().replace(*(bits.tobytes() for bits in bits_per_sample))
+        Path("12.tif").write_bytes(content)
+        assert (quiet(read_square, "12.tif")[0] == 255).all()  # 4,095 is white
+        for name, kind in (("32.tif", np.int32), ("float.tif", np.float32)):
+            Image.fromarray(deep.astype(kind)).save(name)
+            raises(ValueError, lambda: data.open_picture(name), name, "which number is white")
+
+
+def test_16_bits_with_a_transparent_colour():
+    grey = np.arange(24, dtype=np.uint16).reshape(4, 6) * 1000
+    colour = np.dstack([grey, grey + 300, 50_000 - grey])
+    header = np.array([6, 4], ">u4").tobytes() + bytes([16, 2, 0, 0, 0])
+    rows = b"".join(b"\0" + row.tobytes() for row in colour.astype(">u2"))
+    png = b"\x89PNG\r\n\x1a\n"
+    for kind, content in ((b"IHDR", header), (b"tRNS", colour[1, 2].astype(">u2").tobytes()),
+                          (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        checksum = zlib.crc32(kind + content).to_bytes(4, "big")
+        png += len(content).to_bytes(4, "big") + kind + content + checksum
+    with folder():
+        Image.fromarray(grey).save("grey.png", transparency=8000)
+        Path("colour.png").write_bytes(png)
+        for name in ("grey.png", "colour.png"):
+            (image, given, *_), said = quiet(data.load_picture, name, 3)
+            assert (~given).nonzero().tolist() == [[1, 2]] and "16 bits" in said
+        close(image.permute(1, 2, 0), colour / 257, 1)
+
+
+def test_of_several_frames_the_first_is_taken_with_a_notice():
+    red, blue = (Image.new("RGB", (32, 32), colour) for colour in ("red", "blue"))
+    with folder():
+        for name in ("a.gif", "a.png", "a.webp", "a.tif"):
+            red.save(name, save_all=True, append_images=[blue], lossless=True)
+            pixels, said = quiet(read_square, name)
+            assert (pixels == (255, 0, 0)).all() and f"{name} has 2 frames" in said
+        red.save("phone.mpo", save_all=True, append_images=[blue])  # a photograph with a preview
+        red.save("still.gif")
+        for name in ("phone.mpo", "still.gif"):
+            assert quiet(read_square, name)[1] == ""
 
 
 def test_a_picture_is_reduced_to_its_middle_square():
     stripes = np.repeat(np.uint8([0, 100, 200]), 32)[None].repeat(32, 0)
-    for picture in (stripes, stripes.T):
-        got = data.square_picture(Image.fromarray(picture), 1, 32)
-        close(got[:, 4:-4, 4:-4], 100, 0)
-    fine = Image.fromarray(bytes_((256, 256)))
-    small = data.square_picture(fine, 1, 32)
-    assert small.float().std() < 20  # averaged; if picked: 74
+    with folder():
+        for picture in (stripes, stripes.T):
+            save_png("stripes.png", picture)
+            close(read_square("stripes.png")[4:-4, 4:-4], 100, 0)
+        save_png("fine.png", bytes_((256, 256)))
+        assert read_square("fine.png").std() < 20  # averaged; if picked: 74
+    for size in ((1, 1), (20_000, 3), (3, 20_000), (33, 31)):
+        small = data.square_picture(Image.new("RGBA", size), 3, 8)
+        assert small.shape == (3, 8, 8) and small.dtype == torch.uint8
 
 
-def test_a_square_of_a_picture_of_any_size():
-    for mode in ("RGB", "L", "RGBA", "P", "I;16"):
-        for size in ((1, 1), (20_000, 3), (3, 20_000), (33, 31)):
-            small = data.square_picture(Image.new(mode, size), 3, 8)
-            assert small.shape == (3, 8, 8)
-            assert small.dtype == torch.uint8
+def test_the_colours_of_transparent_pixels_are_not_used():
+    pixels = bytes_((32, 32, 4))
+    pixels[..., 3] = 255 * (pixels[..., 3] > 127)
+    visible = pixels[..., 3:] > 0
+    with folder():
+        save_png("sprite.png", pixels)
+        assert np.array_equal(read_square("sprite.png"), np.where(visible, pixels[..., :3], 255))
 
 
 def test_what_is_no_picture_is_refused_by_name():
-    with folder():
-        Path("text.png").write_bytes(b"no picture")
+    with folder(), warnings.catch_warnings(action="error"):
         save_png("whole.png", bytes_((50, 50)))
         Path("cut.png").write_bytes(Path("whole.png").read_bytes()[:900])
-        Image.fromarray(np.full((40, 40), 0.5, np.float32)).save("float.tif")
-        for name in ("text.png", "cut.png", "float.tif", "missing.png", "."):
-            raises(ValueError, lambda: data.open_picture(name), f"cannot use {name} as a picture")
-        with patched(Image, MAX_IMAGE_PIXELS=500):  # Pillow refuses twice as many
-            raises(ValueError, lambda: data.open_picture("whole.png"), "whole.png", "bomb")
+        Path("text.png").write_bytes(b"no picture")
+        Path("huge.pgm").write_bytes(b"P5 20000 15001 255\n")
+        Path("large.pgm").write_bytes(b"P5 20000 5000 255\n")  # its pixels are missing
+        for name, word in (("text.png", ""), ("cut.png", ""), ("missing.png", ""), (".", ""),
+                           ("huge.pgm", "300 megapixels"), ("large.pgm", "truncated")):
+            refusal = f"cannot use {name} as a picture"
+            raises(ValueError, lambda: data.open_picture(name), refusal, word)
 
 
 def test_a_folder_of_pictures_is_split_by_their_names():
@@ -1222,13 +1277,28 @@ def test_a_folder_of_pictures_is_split_by_their_names():
         assert grey.shape == (180, 1, 28, 28) and grey.dtype == torch.uint8
 
 
-def test_a_folder_needs_20_pictures():
+def test_a_folder_needs_20_pictures_and_links_to_them_are_followed():
     with folder():
+        for place in ("photos", "elsewhere"):
+            os.mkdir(place)
+            for i in range(10):
+                save_png(f"{place}/{i}.png", bytes_((5, 5)))
+        raises(ValueError, lambda: data.load_dataset("photos", "", True), "10", "20")
+        os.symlink("../elsewhere", "photos/link")
+        os.symlink("..", "elsewhere/circle")  # photos/link/circle is the folder around both
+        for train, count in ((True, 18), (False, 2)):
+            (_, images, _), said = quiet(data.load_dataset, "photos", "", train)
+            assert len(images) == count and not said
+
+
+def test_large_jpeg_files_of_a_folder_are_read_at_a_reduced_size():
+    smooth = Image.fromarray(bytes_((4, 6, 3))).resize((600, 400), Image.Resampling.BICUBIC)
+    with folder(), spied(data, "square_picture") as squares:
         for i in range(20):
-            save_png(f"{i}.png", np.full((5, 5), i))
-        assert [len(data.load_dataset(".", "", train)[1]) for train in (True, False)] == [18, 2]
-        Path("7.png").unlink()
-        raises(ValueError, lambda: data.load_dataset(".", "", True), "19", "20")
+            smooth.save(f"{i}.jpg")
+        images = data.load_dataset(".", "", True)[1]
+        assert {given[0].size for given, _ in squares} == {(150, 100)}  # at least 64
+        close(images[0], data.square_picture(data.open_picture("0.jpg"), 3, 32), 3)
 
 
 def test_the_two_ranges_of_values():
@@ -1426,21 +1496,16 @@ def test_a_chart_is_not_upside_down():
     first, middle, last = curve_rows(chart, BLUE)
     height = first - last
     assert height > 200
-    close(first - middle, 0.2 * height, 5)
-    down_first, down_middle, down_last = curve_rows(chart, ORANGE)
-    close([down_first, down_last], [last, first], 5)
-    close(down_last - down_middle, 0.8 * height, 5)
+    close(middle, first - 0.2 * height, 5)
+    close(curve_rows(chart, ORANGE), [last, first - 0.8 * height, first], 5)
 
 
 def test_all_curves_of_a_chart_share_its_axes():
     chart = data.line_chart("", {"": ([50, 100], [0, 5]), "long": ([0, 100], [0, 10])})
     left, top, _, _ = box(chart, BLUE)
     assert 240 < left < 260 and 150 < top < 170  # from the middle, and half as high
-
-
-def test_a_curve_of_one_point_is_a_dot():
-    chart = pixels_of(data.line_chart("", {"": ([3], [7])}))
-    assert 20 < (chart == BLUE).all(2).sum() < 60
+    dot = pixels_of(data.line_chart("", {"": ([3], [7])}))
+    assert 20 < (dot == BLUE).all(2).sum() < 60
 
 
 def axes(xs, ys):
@@ -1456,16 +1521,11 @@ def axes(xs, ys):
     return across, up
 
 
-def test_the_numbers_on_the_axes_are_where_they_say():
+def test_the_numbers_on_an_axis_are_right_distinct_and_in_their_places():
     chart = pixels_of(data.line_chart("", {"": (range(5), range(5))}))
-    across, up = axes(range(5), range(5))
-    assert list(across.values()) == list(up.values()) == [0, 1, 2, 3, 4]
-    for x, y in zip(across, up):  # the curve meets both
+    for x, y in zip(*axes(range(5), range(5))):  # the curve meets both
         near = chart[int(y) - 1:int(y) + 2, int(x)]
         assert (near == BLUE).all(1).any()
-
-
-def test_the_numbers_on_an_axis_are_right_and_distinct():
     for low, high in ((20.9, 21), (0, 1), (70, 7000), (-0.3, 0.1), (-1e-4, 1e-4), (1e5, 1e5 + 1)):
         across, up = axes([low, high], [2 * high, 2 * low])
         right = np.linspace(low, high, 5)
@@ -1484,7 +1544,6 @@ def test_the_labels_of_curves_have_their_colours():
         x, y = at[label]  # the right end of its text
         text = pixels_of(chart)[y:y + 14, x - 20:x]
         assert (text == colour).all(2).any()
-    assert curve_rows(chart, BLUE)[1] > curve_rows(chart, ORANGE)[1] + 200
 
 
 def photograph():
@@ -1506,18 +1565,19 @@ def test_of_a_complete_picture_a_share_of_the_pixels_is_given_at_random():
         load = lambda **options: data.load_picture("photo.png", 3, **options)[1]
         assert torch.equal(load(seed=0), given) and not torch.equal(load(seed=1), given)
         assert load(input_ratio=0.75).sum() == 0.75 * 60 * 90
-        grey, *_ = data.load_picture("photo.png", 1)
+        grey = data.load_picture("photo.png", 1)[0]
         close(grey[0], photo @ [0.299, 0.587, 0.114], 1)
 
 
-def test_transparent_pixels_are_missing_and_so_are_white_ones_of_a_mask():
+def test_transparent_pixels_are_missing_and_so_are_marked_ones_of_a_mask():
     photo, hole = photograph()
+    wide = bytes_((2, 3000))
     left, bar = np.arange(90) < 40, np.zeros((60, 90))
-    bar[:, 70:75] = 128
+    bar[:, 70:75] = 255
     with folder():
         save_png("holes.png", photo, np.where(hole, 127, 128))
         save_png("photo.png", photo)
-        save_png("mask.png", np.where(hole, 128, 127))
+        save_png("mask.png", hole)
         save_png("half.png", photo, 255 - hole * left)
         save_png("bar.png", bar)
         for name, mask, missing in (("holes.png", None, hole > 0),
@@ -1527,29 +1587,77 @@ def test_transparent_pixels_are_missing_and_so_are_white_ones_of_a_mask():
             image, given, has_truth, _ = data.load_picture(name, 3, mask)
             assert not has_truth and np.array_equal(given, ~missing), name
             assert np.array_equal(image[:, given], photo[~missing].T)
+        save_png("wide.png", wide, wide, wide, wide)
+        image, given, *_ = data.load_picture("wide.png", 1)  # of any size
+        assert np.array_equal(image[0], wide) and np.array_equal(given, wide >= 128)
 
 
-def test_a_picture_and_its_mask_are_both_turned_upright():
+def marked(*planes, kind=np.uint8):
+    """Which pixels count as missing by a mask of these planes, bool (H, W)."""
+    pixels = planes[0] if len(planes) == 1 else np.dstack(planes)
+    Image.fromarray(np.asarray(pixels, kind)).save("mask.png")
+    return np.asarray(data.read_mask("mask.png")) == 255
+
+
+def test_a_mask_marks_what_it_touches():
     photo, hole = photograph()
-    exif = Image.Exif()
-    exif[0x0112] = 3  # upside down
     with folder():
-        for name, pixels in (("photo.png", photo), ("mask.png", hole)):
-            Image.fromarray(pixels[::-1, ::-1]).save(name, exif=exif)
-        image, given, *_ = data.load_picture("photo.png", 3, "mask.png")
-    assert np.array_equal(image[0, 0], photo[0, :, 0] * given[0].numpy())
-    assert np.array_equal(given, hole == 0)
+        levels = np.arange(256).reshape(1, 256)
+        assert np.array_equal(marked(levels), levels >= 16)  # the rim of a stroke, no JPEG noise
+        for low, high in ((0, 1), (0, 255), (3, 4), (200, 201)):
+            assert np.array_equal(marked(np.where(hole, high, low)), hole > 0)
+        assert np.array_equal(marked(hole > 0, kind=np.uint16), hole > 0)
+        assert marked(np.full((2, 2), 255)).all()
+        Image.fromarray(hole[::-1]).save("mask.png", exif=b"Exif\0\0MM\0*\0\0\0\b\0\1\1\x12\0\3"
+                                         b"\0\0\0\1\0\4\0\0\0\0\0\0")  # as in a mirror
+        assert np.array_equal(np.asarray(data.read_mask("mask.png")), hole)
 
 
-def test_pictures_that_cannot_be_restored_are_refused():
+def test_transparent_pixels_of_a_mask_are_not_marked():
+    photo, hole = photograph()
+    white, left = 255 + 0 * hole, 255 * (np.arange(90) < 40) + 0 * hole
+    with folder():
+        assert np.array_equal(marked(white, hole), hole > 0)
+        assert np.array_equal(marked(0 * hole + 76, 0 * hole, 0 * hole, hole), hole > 0)  # red
+        assert np.array_equal(marked(hole, left), (hole > 0) & (left > 0))
+        holes, said = quiet(marked, bytes_((60, 90, 3)), 255 - hole)
+        assert np.array_equal(holes, hole > 0) and "mask.png is a photograph" in said
+
+
+def test_masks_that_cannot_be_used_are_refused():
     photo, hole = photograph()
     with folder():
         save_png("photo.png", photo)
         save_png("small.png", hole[:50])
         save_png("black.png", 0 * hole)
+        save_png("dark.png", np.arange(5400).reshape(60, 90) % 16)
         for mask, words in (("small.png", ["same size", "(90, 50)", "(90, 60)"]),
-                            ("black.png", ["no pixel is missing"]), ("none.png", ["none.png"])):
+                            ("black.png", ["no pixel is missing", "black.png", "up to 0", 16]),
+                            ("dark.png", ["dark.png", "up to 15", 16]), ("none.png", ["none.png"])):
             raises(ValueError, lambda: data.load_picture("photo.png", 3, mask), *words)
+
+
+def test_a_result_keeps_colour_profile_and_resolution():
+    photo, hole = photograph()
+    colour, ink, grey = (bytes(16) + space + bytes(99) for space in (b"RGB ", b"CMYK", b"GRAY"))
+    picture = Image.fromarray(photo)
+    with folder() as place:
+        for image, profile, mode in ((picture, colour, "RGB"), (picture.convert("L"), grey, "L"),
+                                     (picture.convert("I;16"), grey, "L"),
+                                     (picture.convert("CMYK"), ink, None), (picture, grey, None)):
+            image.save("photo.tif", icc_profile=profile, dpi=(300, 300))
+            info = quiet(data.load_picture, "photo.tif", 3)[0][3]
+            assert info.get("icc_profile") == (profile if mode else None)
+            result = Image.new("L" if mode == "RGB" else "RGB", (2, 2))
+            quiet(functools.partial(data.save_pictures, **info), place, {"result.png": result})
+            with Image.open("result.png") as saved:
+                assert saved.info.get("icc_profile") == info.get("icc_profile")
+                assert saved.mode == (mode or result.mode)
+                close(saved.info["dpi"], (300, 300), 0.1)
+        picture.save("photo.tif", dpi=(300, 300))
+        content = Path("photo.tif").read_bytes()
+        Path("photo.tif").write_bytes(content.replace(b"\x2c\1\0\0\1\0\0\0", bytes(8)))  # 0 / 0
+        assert data.load_picture("photo.tif", 3)[3] == {}
 
 
 def test_pictures_are_saved_all_or_none():
@@ -1559,9 +1667,15 @@ def test_pictures_are_saved_all_or_none():
         _, said = quiet(data.save_pictures, place, {"one.png": one, "two.png": two})
         assert [pixels_of(place / f"{n}.png").max() for n in ("one", "two")] == [1, 2]
         assert said == f"picture: {place}/one.png\npicture: {place}/two.png\n"
-        assert len(files_in(place)) == 2
         raises(ValueError, lambda: data.save_pictures(place, {"one.png": two, "two.odd": one}))
+        os.mkdir(place / "three.png")
+        raises(ValueError, lambda: data.save_pictures(place, {"one.png": two, "three.png": one}))
         assert pixels_of(place / "one.png").max() == 1
+        full = types.SimpleNamespace(write=Path("missing/x").write_text)  # it raises OSError
+        with contextlib.redirect_stdout(full):
+            raises(OSError, lambda: data.save_pictures(place, {"one.png": two, "two.png": one}))
+        assert [pixels_of(place / f"{n}.png").max() for n in ("one", "two")] == [2, 1]
+        assert len(files_in(place)) == 2
 
 
 def test_expected_errors_end_in_one_line():
@@ -4070,6 +4184,23 @@ def test_the_middle_of_a_photograph_is_sampled():
         assert not Path("out/nf/photo-restored.png").exists()
         refused(sample, "m.pt --image photo.png --size 33", "3 x 32 x 32", "(3, 33, 33)")
     close(drawn[0][0][0][0][4], square / 255, 1e-6)
+
+
+def test_transparent_pixels_of_a_sampled_picture_are_neither_given_nor_measured():
+    image, row = data.make_leaves(1, 0)[0], torch.arange(1024) // 32
+    for full, measured in ((False, 204), (True, 512 - 204)):
+        split, n_out = sample.split_images(image, torch.tensor([0]), full=full, unknown=row % 2 == 0)
+        used = torch.cat([split["input_indices"], split["output_indices"][:, :n_out]], dim=1)
+        assert n_out == measured and (row[used] % 2 == 1).all()
+    sprite = np.dstack([bytes_((32, 32, 3)), np.repeat([0, 255], [768, 256]).reshape(32, 32)])
+    with folder():
+        save_field()
+        save_png("sprite.png", sprite)
+        out = works(sample, "m.pt --image sprite.png --size 32 --steps 2")
+        assert "204 pixels given, 52 measured" in out
+        refused(sample, "m.pt --image sprite.png --size 32 --pixels anywhere", "768", "transparent")
+        save_png("sprite.png", sprite[:25])
+        refused(sample, "m.pt --image sprite.png --size 32", "transparent")
 
 
 def test_photographs_that_cannot_be_restored_leave_the_last_result():
