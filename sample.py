@@ -130,10 +130,11 @@ def restore(image, input_mask, answer, side=32, on_step=None):
         raise ValueError("no pixel of the picture is given: there is nothing to restore it from")
     restored = restore_windows(image, input_mask, answer, side, on_step)
     mask = input_mask[None].to(image)                                        # (1, H, W)
-    near, depth = mask, 0  # depth: from 0 beside a given pixel to 1 where none is within 4 pixels
-    for _ in range(4):
+    near = F.max_pool2d(mask, 3, stride=1, padding=1)
+    depth = 0  # where a given pixel is within 2 pixels, and 1 where none is within 4
+    for _ in range(3):
         near = F.max_pool2d(near, 3, stride=1, padding=1)
-        depth += (1 - near) / 4
+        depth += (1 - near) / 3
     if not depth.any():
         return restored
     half = torch.nn.AvgPool2d(2, ceil_mode=True)
@@ -164,12 +165,10 @@ def restore_windows(image, input_mask, answer, side, on_step=None):
         counts = known[rows][:, :, columns].sum(dim=(1, 3))
         counts[counts == side * side] = 0  # complete: nothing to do
         ready = (counts >= max(1, counts.max() / 4)).nonzero()               # (N, 2): row, column
-        # A batch needs one number of inputs. Sorted, its windows have almost that many.
-        ready = ready[counts[*ready.mT].argsort(descending=True)]
         total = torch.zeros_like(pixels)
         total_weight = torch.zeros_like(pixels[:, 0])
         windows = done + int((counts > 0).sum())
-        for batch in ready.split(16):
+        for batch in split_by_counts(ready, counts[*ready.mT]):
             if on_step:
                 on_step(done, windows)
             row, column = batch.mT
@@ -203,6 +202,14 @@ def window_lines(length, side):
     return torch.from_numpy(lines).unfold(0, side, side // 2)
 
 
+def split_by_counts(windows, counts):
+    """Batches of at most 16 windows whose numbers of given pixels, counts, differ by at most 3%."""
+    counts, order = counts.sort(descending=True)
+    _, sizes = (counts.log() / 0.03).int().unique_consecutive(return_counts=True)
+    for group in windows[order].split(sizes.tolist()):
+        yield from group.split(16)
+
+
 def repeat_to_equal_counts(given):
     """The places of the given pixels in each row of a bool (B, P): int64 (B, largest count).
 
@@ -214,25 +221,24 @@ def repeat_to_equal_counts(given):
     return places.gather(1, numbers % counts)
 
 
-class PrecisionField(torch.nn.Module):
-    """The posterior of a GaussianField, faster where most pixels of the grid are given.
+class PrecisionField(GaussianField):
+    """The same posterior, faster where most pixels of the grid are given.
 
     With Q = (K + D)^-1 of all pixels, the mean of the missing ones solves Q_mm y_m = -Q_ms y_s
     (Bishop, 2006, eq. 2.75): as many equations as pixels are missing, not as are given. The
     weights (K_ss + D)^-1 y_s are then Q y. A pixel that is given twice counts once.
     """
 
-    def __init__(self, field):
-        super().__init__()
-        self.field, self.unexplained = field, field.unexplained
-        K = field.covariance.double()  # float32 would lose digits here, and only here
-        K.diagonal().add_(field.jitter)
+    def __init__(self, covariance):
+        super().__init__(covariance)
+        K = covariance.double()  # in float32 the inverse would lose digits
+        K.diagonal().add_(self.jitter)
         self.Q = torch.linalg.inv(K).float()
 
     def forward(self, input_coords, y_in, output_coords, y_t=None, noise_variance=None):
-        """Arguments and results are those of GaussianField, coordinates are on the grid."""
+        """Arguments and results are those of GaussianField; the input is on the grid."""
         if y_t is not None or 2 * y_in.shape[1] < len(self.Q):
-            return self.field(input_coords, y_in, output_coords, y_t, noise_variance)
+            return super().forward(input_coords, y_in, output_coords, y_t, noise_variance)
         side = math.isqrt(len(self.Q))
         seen = scatter(input_coords, torch.ones_like(y_in[..., :1]), side).flatten(2)
         y = scatter(input_coords, y_in, side).flatten(2)                       # (B, C, P)
@@ -249,7 +255,7 @@ class PrecisionField(torch.nn.Module):
         weights = y @ self.Q
         variance = ((y * weights).sum(dim=2) + 2 * 0.05) / (counts + 2)        # (B, C)
         # K w is y - D w at the seen pixels; at the missing ones, where w is 0, it is y
-        image = (y - self.field.jitter * weights * seen).unflatten(2, (side, side))
+        image = (y - self.jitter * weights * seen).unflatten(2, (side, side))
         return image, read_at(image, output_coords), variance[:, None]
 
 
@@ -467,7 +473,7 @@ def report_picture(model, schedule, path, folder, mask=None, input_ratio=0.2, se
     if has_truth:
         methods = {"nearest": nearest, "kriging": krige, **methods}
     if isinstance(model.prior, GaussianField):
-        model.prior = PrecisionField(model.prior)
+        model.prior = PrecisionField(model.prior.covariance)
     # the comparison is for the eye: at most 1,000 pixels a side
     reduced = torch.nn.AvgPool2d(math.ceil(max(input_mask.shape) / 1000), ceil_mode=True)
     columns, results = {"given": reduced(to_unit(given))}, {}
