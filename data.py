@@ -443,7 +443,7 @@ def load_picture(path, channels, mask=None, input_ratio=0.2, seed=0):
                              f"must have the same size")
         picture.paste((0, 0, 0, 0), mask=marked)
     input_mask = to_tensor(picture.getchannel("A"))[0] >= 128
-    has_truth = not mask and bool(input_mask.all())
+    has_truth = bool(input_mask.all())  # a mask marks a pixel at least
     if has_truth:
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(input_mask.numel(), generator=generator)

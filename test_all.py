@@ -1282,7 +1282,7 @@ def test_a_folder_needs_20_pictures_and_links_to_them_are_followed():
         for place in ("photos", "elsewhere"):
             os.mkdir(place)
             for i in range(10):
-                save_png(f"{place}/{i}.png", bytes_((5, 5)))
+                Image.new("I;16", (5, 5)).save(f"{place}/{i}.png")  # no notice for each
         raises(ValueError, lambda: data.load_dataset("photos", "", True), "10", "20")
         os.symlink("../elsewhere", "photos/link")
         os.symlink("..", "elsewhere/circle")  # photos/link/circle is the folder around both
@@ -1654,6 +1654,8 @@ def test_a_result_keeps_colour_profile_and_resolution():
                 assert saved.info.get("icc_profile") == info.get("icc_profile")
                 assert saved.mode == (mode or result.mode)
                 close(saved.info["dpi"], (300, 300), 0.1)
+        picture.save("photo.tif")
+        assert data.load_picture("photo.tif", 3)[3] == {}
         picture.save("photo.tif", dpi=(300, 300))
         content = Path("photo.tif").read_bytes()
         Path("photo.tif").write_bytes(content.replace(b"\x2c\1\0\0\1\0\0\0", bytes(8)))  # 0 / 0
