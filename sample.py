@@ -28,13 +28,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from autoencoder import DenoisingAutoencoder, report_autoencoder
 from data import (fixed_order, heat, image_grid, load_dataset, load_picture, off_grid_split,
                   open_picture, run, save_pictures, sparse_split, square_picture, to_picture,
                   to_signed, to_unit)
 from nf_denoiser import (GaussianField, NFDenoiser, ddim_sample, ddpm_sample,
-                         exponential_covariance, one_step_mean)
+                         exponential_covariance, one_step_mean, read_at, scatter)
 from noise import psnr, ssim
 from schedule import DiffusionSchedule
 
@@ -114,63 +115,148 @@ def covered(samples, truth):
 
 # -------------------------------------------------------------- a photograph, window after window
 @torch.no_grad()
-def restore(image, input_mask, answer, side=32):
+def restore(image, input_mask, answer, side=32, on_step=None):
     """Fill the missing pixels of an image of any size by a method for side x side pixels.
 
     image: (C, H, W) in [-1, 1]. input_mask: bool (H, W), the given pixels. answer(output_coords,
-    input_coords, input_values) -> output values, such as kriging. Returns (C, H, W), the given
-    pixels unchanged. Raises ValueError if there are none.
+    input_coords, input_values) -> output values, such as kriging. on_step: see restore_windows.
+    Returns (C, H, W), the given pixels unchanged. Raises ValueError if there are none.
+
+    At half the size holes are half as wide, and windows of the same number of pixels see twice as
+    far. So the depth of a hole is restored there (and its own depth at a quarter of the size, and
+    so on), and only the rim at full size, which has the detail.
+    """
+    if not input_mask.any():
+        raise ValueError("no pixel of the picture is given: there is nothing to restore it from")
+    restored = restore_windows(image, input_mask, answer, side, on_step)
+    mask = input_mask[None].to(image)                                        # (1, H, W)
+    near = F.max_pool2d(mask, 3, stride=1, padding=1)
+    depth = 0  # where a given pixel is within 2 pixels, and 1 where none is within 4
+    for _ in range(3):
+        near = F.max_pool2d(near, 3, stride=1, padding=1)
+        depth += (1 - near) / 3
+    if not depth.any():
+        return restored
+    half = torch.nn.AvgPool2d(2, ceil_mode=True)
+    given = half(mask)
+    small = half(image * mask) / given.clamp(min=0.1)  # the mean of the given ones of four pixels
+    small = restore(small, given[0] > 0, answer, side, on_step)
+    small = F.interpolate(small[None], scale_factor=2, mode="bilinear")[0]
+    return torch.lerp(restored, small[:, :image.shape[1], :image.shape[2]], depth)
+
+
+def restore_windows(image, input_mask, answer, side, on_step=None):
+    """Like restore, at one size. on_step: called with the numbers of windows done and of all.
 
     Windows overlap by one half. Near its edge a window sees one side of a pixel only, so answers
     are averaged with a weight, sin^2, that falls to 0 there. A window inside a hole sees nothing:
     those with fewer than a quarter of the known pixels of the best one wait for a later pass, when
     restored pixels count as known. So holes are filled from their rim.
     """
-    if not input_mask.any():
-        raise ValueError("no pixel of the picture is given: there is nothing to restore it from")
-    windows = overlapping_windows(*input_mask.shape, side).to(image.device)  # (W, side * side)
+    height, width = input_mask.shape
+    rows = window_lines(height, side).to(image.device)                       # (windows, side)
+    columns = window_lines(width, side).to(image.device)
     coords = grid_coords(side, side).to(image)                               # (side * side, 2)
     ramp = torch.sin(math.pi * (torch.arange(side) + 0.5) / side) ** 2
-    weight = torch.outer(ramp, ramp).view(-1, 1).to(image)                   # (side * side, 1)
-    pixels = image.flatten(1).mT                                             # (H * W, C)
-    known = input_mask.flatten()                                             # (H * W,)
+    weight = torch.outer(ramp, ramp).flatten().to(image)                     # (side * side,)
+    pixels = image.flatten(1).mT.clone()                                     # (H * W, C)
+    known, done = input_mask.clone(), 0
     while not known.all():
-        counts = known[windows].sum(dim=1)
+        counts = known[rows][:, :, columns].sum(dim=(1, 3))
         counts[counts == side * side] = 0  # complete: nothing to do
-        ready = windows[counts >= max(1, counts.max() / 4)]
+        ready = (counts >= max(1, counts.max() / 4)).nonzero()               # (N, 2): row, column
         total = torch.zeros_like(pixels)
-        total_weight = torch.zeros_like(pixels[:, :1])
-        for i, window in enumerate(ready):
-            if sys.stdout.isatty():
-                print(f"{i:,} of {len(ready):,} windows", end="\x1b[K\r", flush=True)
-            inputs = known[window].nonzero()[:, 0]
-            outputs = (~known[window]).nonzero()[:, 0]
-            input_values = pixels[window[inputs]][None]                      # (1, N_in, C)
-            values = answer(coords[outputs][None], coords[inputs][None], input_values)
-            values = weight[outputs] * values[0].clamp(-1, 1)                # (N_out, C)
-            # index_add_ instead of +=: where a window is mirrored, it has a pixel twice
-            total.index_add_(0, window[outputs], values)
-            total_weight.index_add_(0, window[outputs], weight[outputs])
-        filled = total_weight[:, 0] > 0
-        pixels = torch.where(filled[:, None], total / total_weight, pixels)
-        known = known | filled
+        total_weight = torch.zeros_like(pixels[:, 0])
+        windows = done + int((counts > 0).sum())
+        for batch in split_by_counts(ready, counts[*ready.mT]):
+            if on_step:
+                on_step(done, windows)
+            row, column = batch.mT
+            window = rows[row][:, :, None] * width + columns[column][:, None]
+            window = window.flatten(1)                                       # (B, side * side)
+            given = known.flatten()[window]
+            inputs = repeat_to_equal_counts(given)                           # (B, N_in)
+            input_values = pixels[window.gather(1, inputs)]                  # (B, N_in, C)
+            outputs = coords.expand(len(window), -1, -1)
+            values = answer(outputs, coords[inputs], input_values).clamp(-1, 1)
+            shares = weight * ~given                                         # (B, side * side)
+            values = values * shares[..., None]
+            # index_add_ instead of +=: windows share pixels, and mirrored ones have some twice
+            total.index_add_(0, window.flatten(), values.flatten(0, 1))
+            total_weight.index_add_(0, window.flatten(), shares.flatten())
+            done += len(batch)
+        filled = total_weight > 0
+        pixels[filled] = total[filled] / total_weight[filled, None]
+        known |= filled.view_as(known)
     return pixels.mT.view_as(image)
 
 
-# ================== below: splits, tables, pictures, checkpoints, command line
-def overlapping_windows(height, width, side):
-    """Indices row * width + column of the pixels of all windows, int64 (W, side * side).
+# ================== below: windows, splits, tables, pictures, checkpoints, command line
+def window_lines(length, side):
+    """The rows (or columns) of all windows along a picture: int64 (windows, side).
 
     k + 1 windows take side + k * side / 2 pixels: the picture is mirrored up to the next such size.
     """
-    def mirrored(n):
-        extra = side - n if n < side else (side - n) % (side // 2)
-        return torch.from_numpy(np.pad(np.arange(n), (0, extra), "symmetric"))
+    extra = side - length if length < side else (side - length) % (side // 2)
+    lines = np.pad(np.arange(length), (0, extra), "symmetric")
+    return torch.from_numpy(lines).unfold(0, side, side // 2)
 
-    index = mirrored(height)[:, None] * width + mirrored(width)
-    windows = index.unfold(0, side, side // 2)
-    windows = windows.unfold(1, side, side // 2)
-    return windows.reshape(-1, side * side)
+
+def split_by_counts(windows, counts):
+    """Batches of at most 16 windows whose numbers of given pixels, counts, differ by at most 3%."""
+    counts, order = counts.sort(descending=True)
+    _, sizes = (counts.log() / 0.03).int().unique_consecutive(return_counts=True)
+    for group in windows[order].split(sizes.tolist()):
+        yield from group.split(16)
+
+
+def repeat_to_equal_counts(given):
+    """The places of the given pixels in each row of a bool (B, P): int64 (B, largest count).
+
+    Rows with fewer repeat theirs from the start.
+    """
+    counts = given.sum(dim=1, keepdim=True)
+    places = given.byte().argsort(dim=1, descending=True, stable=True)
+    numbers = torch.arange(counts.max(), device=given.device)
+    return places.gather(1, numbers % counts)
+
+
+class PrecisionField(GaussianField):
+    """The same posterior, faster where most pixels of the grid are given.
+
+    With Q = (K + D)^-1 of all pixels, the mean of the missing ones solves Q_mm y_m = -Q_ms y_s
+    (Bishop, 2006, eq. 2.75): as many equations as pixels are missing, not as are given. The
+    weights (K_ss + D)^-1 y_s are then Q y. A pixel that is given twice counts once.
+    """
+
+    def __init__(self, covariance):
+        super().__init__(covariance)
+        K = covariance.double()  # in float32 the inverse would lose digits
+        K.diagonal().add_(self.jitter)
+        self.Q = torch.linalg.inv(K).float()
+
+    def forward(self, input_coords, y_in, output_coords, y_t=None, noise_variance=None):
+        """Arguments and results are those of GaussianField; the input is on the grid."""
+        if y_t is not None or 2 * y_in.shape[1] < len(self.Q):
+            return super().forward(input_coords, y_in, output_coords, y_t, noise_variance)
+        side = math.isqrt(len(self.Q))
+        seen = scatter(input_coords, torch.ones_like(y_in[..., :1]), side).flatten(2)
+        y = scatter(input_coords, y_in, side).flatten(2)                       # (B, C, P)
+        counts = seen.sum(dim=2)                                               # (B, 1)
+        n_missing = len(self.Q) - int(counts.min())
+        missing = seen.argsort(dim=2)[..., :n_missing]                         # (B, 1, M)
+        # where fewer are missing, seen pixels follow: rows of the identity, with the answer 0
+        absent = 1 - seen.gather(2, missing)
+        Q_mm = self.Q[missing.mT, missing] * absent.mT * absent                # (B, M, M)
+        Q_mm.diagonal(dim1=1, dim2=2).add_(1 - absent[:, 0])
+        right = -(y @ self.Q).take_along_dim(missing, dim=2) * absent          # (B, C, M)
+        y_m = torch.cholesky_solve(right.mT, torch.linalg.cholesky(Q_mm)).mT
+        y = y.scatter_add(2, missing.expand_as(y_m), y_m)
+        weights = y @ self.Q
+        variance = ((y * weights).sum(dim=2) + 2 * 0.05) / (counts + 2)        # (B, C)
+        # K w is y - D w at the seen pixels; at the missing ones, where w is 0, it is y
+        image = (y - self.jitter * weights * seen).unflatten(2, (side, side))
+        return image, read_at(image, output_coords), variance[:, None]
 
 
 def grid_coords(height, width):
@@ -365,10 +451,11 @@ def report_field(model, schedule, images, folder, name, seed=0, input_ratio=0.2,
 
 
 def report_picture(model, schedule, path, folder, mask=None, input_ratio=0.2, seed=0):
-    """Restore a picture, print a table, write restored.png and comparison.png to the folder.
+    """Restore a picture, write NAME-restored.png and NAME-comparison.png to the folder.
 
-    Arguments are those of load_picture. restored.png is the one-step mean. Returns
-    {method: {"psnr"}}, in dB over the missing pixels; {} if the truth is not known.
+    Arguments are those of load_picture, NAME is that of the file at `path`. The result is the
+    one-step mean. Where the truth is known, nearest and kriging are compared with it: returns
+    {method: {"psnr"}}, in dB over the missing pixels, otherwise {}.
     """
     def mean(*where):
         return one_step_mean(model, schedule, *where)
@@ -380,28 +467,54 @@ def report_picture(model, schedule, path, folder, mask=None, input_ratio=0.2, se
     device = schedule.betas.device
     image, input_mask, has_truth, info = load_picture(path, len(model.colours), mask, input_ratio,
                                                       seed)
-    image, input_mask = to_signed(image.to(device)), input_mask.to(device)
-    print(f"{input_mask.sum():,} of {input_mask.numel():,} pixels given")
-    given, truth = image * input_mask, to_unit(image)
-    images, labels, results = [to_unit(given)], ["given"], {}
-    for name, answer in (("nearest", nearest), ("kriging", krige), ("one-step mean", mean)):
-        restored = to_unit(restore(given, input_mask, answer, model.side))
+    image, input_mask = image.to(device), input_mask.to(device)
+    given = to_signed(image) * input_mask
+    methods = {"one-step mean": mean}
+    if has_truth:
+        methods = {"nearest": nearest, "kriging": krige, **methods}
+    if isinstance(model.prior, GaussianField):
+        model.prior = PrecisionField(model.prior.covariance)
+    # the comparison is for the eye: at most 1,000 pixels a side
+    reduced = torch.nn.AvgPool2d(math.ceil(max(input_mask.shape) / 1000), ceil_mode=True)
+    columns, results = {"given": reduced(to_unit(given))}, {}
+    for name, answer in methods.items():
+        restored = restore(given, input_mask, answer, model.side, show_progress(name))
         if has_truth:
-            error = (restored - truth)[:, ~input_mask]
+            error = (restored - to_signed(image))[:, ~input_mask] / 2
             results[name] = dict(psnr=psnr(error.square().mean().item()))
             name = f"{name:14}{results[name]['psnr']:6.2f} dB"
-        print(name, flush=True)
-        images.append(restored)
-        labels.append(name)
-    picture = to_picture(restored)  # the last one
+            print(name, flush=True)
+        columns[name] = reduced(to_unit(restored))
+    if has_truth:
+        columns["truth"] = reduced(image / 255)
+    picture = to_picture(to_unit(restored))  # of the last method
     if (given == given[:1]).all():
         picture = picture.convert("L")  # grey stays grey
-    if has_truth:
-        images.append(truth)
-        labels.append("truth")
-    comparison = image_grid([images], labels, zoom=max(1, 256 // max(input_mask.shape)))
-    save_pictures(folder, {"restored.png": picture, "comparison.png": comparison}, **info)
+    zoom = max(1, 256 // max(input_mask.shape))
+    comparison = image_grid([list(columns.values())], list(columns), zoom=zoom)
+    pictures = {f"{path.stem}-restored.png": picture, f"{path.stem}-comparison.png": comparison}
+    save_pictures(folder, pictures, **info)
+    missing = (~input_mask).float().mean().item()
+    print(f"{(~input_mask).sum():,} of {input_mask.numel():,} pixels ({missing:.1%}) were "
+          f"{'hidden' if has_truth else 'missing'} and are restored; the others are unchanged")
     return results
+
+
+def show_progress(method):
+    """A function (done, total) that prints how many windows are done, and the seconds left."""
+    times = []
+
+    def show(done, total):
+        if done == 0:
+            times.clear()
+        times.append(time.time())
+        left = (times[-1] - times[0]) / max(done, 1) * (total - done)
+        if len(times) == 5 and left > 60:  # the first batches tell how long it will take
+            print(f"{method}: {total:,} windows, about {left / 60:.0f} minutes", flush=True)
+        if sys.stdout.isatty():
+            line = f"{method}: {done:,} of {total:,} windows, {left:.0f} s left"
+            print(line, end="\x1b[K\r", flush=True)
+    return show
 
 
 # ----------------------------------------------------------------------------------- checkpoints

@@ -3681,45 +3681,79 @@ def test_numbers_between_two_limits():
 
 
 def test_windows_are_blended_with_sin_squared():
-    image, known = torch.rand(3, 32, 48, generator=seeded()), torch.zeros(32, 48, dtype=bool)
-    known[torch.rand(32, 48, generator=seeded(1)) < 0.3] = True
+    image = torch.rand(3, 32, 48, generator=seeded())
+    known = torch.rand(32, 48, generator=seeded(1)) < 0.3
     ramp = torch.sin(math.pi * (torch.arange(32) + 0.5) / 32) ** 2
-    total, weight = torch.zeros(3, 32, 48), torch.zeros(48)
+    coords = sample.grid_coords(32, 32)
+    total, weight = 0, 0
     for x in (0, 16):
-        window, given = image[:, :, x:x + 32], known[:, x:x + 32]
-        inputs, outputs = given.flatten().nonzero()[:, 0], (~given).flatten().nonzero()[:, 0]
-        pixels = window.flatten(1).mT.clone()
-        coords = torch.stack([torch.arange(1024) % 32, torch.arange(1024) // 32], -1) / 31
-        problem = coords[outputs][None], coords[inputs][None], pixels[inputs][None]
-        pixels[outputs] = sample.inverse_distance(*problem)[0]
-        alone = pixels.mT.view(3, 32, 32)
-        close(sample.restore(window, given, sample.inverse_distance), alone, 1e-3)
-        total[:, :, x:x + 32] += ramp * alone
-        weight[x:x + 32] += ramp
-    close(sample.restore(image, known, sample.inverse_distance), total / weight, 1e-3)
+        given = known[:, x:x + 32].flatten()
+        values = image[:, :, x:x + 32].flatten(1).mT
+        answers = sample.nearest(coords[None], coords[given][None], values[given][None])
+        shift = (x, 16 - x)
+        total = total + F.pad(ramp * answers[0].mT.view(3, 32, 32), shift)
+        weight = weight + F.pad(ramp, shift)
+    expected = torch.where(known, image, total / weight)
+    close(sample.restore_windows(image, known, sample.nearest, 32), expected, 1e-5)
 
 
 def test_windows_cover_pictures_of_any_size():
-    answer = lambda out, coords, values: torch.full((1, out.shape[1], values.shape[2]), 2.0)
+    def twos(output_coords, _, input_values):
+        return torch.full((*output_coords.shape[:2], input_values.shape[2]), 2.0)
+
     for height, width, side in ((1, 2, 32), (20, 70, 32), (33, 31, 32), (64, 48, 32), (9, 30, 8)):
         image = torch.rand(1, height, width, generator=seeded()) * 2 - 1
         known = torch.rand(height, width, generator=seeded(1)) < 0.3
         known[0, 0], known[0, 1] = True, False
-        got = sample.restore(image, known, answer, side)
+        got = sample.restore_windows(image, known, twos, side)
         assert torch.equal(got[:, known], image[:, known])  # the given pixels stay
         close(got[:, ~known], 1.0, 1e-6)  # clamped
 
 
 def test_windows_beyond_the_edge_see_a_mirrored_picture():
-    windows = sample.overlapping_windows(6, 9, 4).view(-1, 4, 4)
-    assert len(windows) == 2 * 4 and windows[0, 1].tolist() == [9, 10, 11, 12]
-    assert windows[3, 0].tolist() == [6, 7, 8, 8] and windows[-1, -1].tolist() == [51, 52, 53, 53]
-    small = sample.overlapping_windows(2, 3, 4).view(4, 4)
-    assert small.tolist() == [[0, 1, 2, 2], [3, 4, 5, 5], [3, 4, 5, 5], [0, 1, 2, 2]]
+    assert sample.window_lines(6, 4).tolist() == [[0, 1, 2, 3], [2, 3, 4, 5]]
+    assert sample.window_lines(7, 4)[-1].tolist() == [4, 5, 6, 6]
+    assert sample.window_lines(3, 4).tolist() == [[0, 1, 2, 2]]
+    assert sample.window_lines(2, 4).tolist() == [[0, 1, 1, 0]]
+
+
+def test_windows_with_fewer_given_pixels_repeat_theirs():
+    given = torch.tensor([[0, 1, 1, 0, 1], [0, 0, 0, 1, 0]]).bool()
+    assert sample.repeat_to_equal_counts(given).tolist() == [[1, 2, 4], [3, 3, 3]]
+
+
+def test_windows_of_a_batch_have_almost_as_many_given_pixels():
+    counts = torch.arange(1, 1024)
+    batches = list(sample.split_by_counts(counts, counts))
+    assert torch.cat(batches).sort().values.equal(counts)
+    for batch in batches:
+        assert len(batch) <= 16 and batch.max() < 1.031 * batch.min()
+
+
+def test_the_precision_matrix_gives_the_posterior_of_the_gaussian_field():
+    coords, y = sample.grid_coords(32, 32)[None], torch.randn(1, 1024, 3, generator=seeded())
+    K = nf_denoiser.exponential_covariance(32)
+    field, precise = nf_denoiser.GaussianField(K), sample.PrecisionField(K)
+    order = torch.randperm(1024, generator=seeded())
+    batch = torch.stack([order[:1000], order[torch.arange(1000) % 600]])  # 600, some of them twice
+    got = precise(coords[0, batch], y[0, batch], coords.expand(2, -1, -1))
+    for i, n_in in enumerate((1000, 600)):
+        inputs = order[:n_in]
+        expected = field(coords[:, inputs], y[:, inputs], coords)
+        for ours, theirs in zip(got, expected):
+            close(ours[i], theirs[0], 1e-3)
+
+
+def test_only_windows_that_touch_missing_pixels_are_computed():
+    known, steps = torch.ones(100, 2000, dtype=torch.bool), []
+    known[40, 1500:1502] = known[70, 20:22] = False
+    sample.restore(torch.rand(3, 100, 2000), known, sample.nearest,
+                   on_step=lambda *step: steps.append(step))
+    assert steps == [(0, 4 + 4)]
 
 
 def test_a_large_hole_is_filled_from_its_rim():
-    known, counts = torch.ones(128, 128, dtype=torch.bool), []
+    known, counts, steps = torch.ones(128, 128, dtype=torch.bool), [], []
     known[20:110, 20:110] = False
     image = torch.where(known, 0.25, -9.0).expand(3, -1, -1)
 
@@ -3728,25 +3762,62 @@ def test_a_large_hole_is_filled_from_its_rim():
         assert (input_values > -1).all()  # nothing of the hole
         return input_values.mean(1, keepdim=True).expand(-1, output_coords.shape[1], -1)
 
-    close(sample.restore(image, known, mean_of_given), torch.full((3, 128, 128), 0.25), 1e-5)
-    assert min(counts) >= 200 and min(counts[:8]) >= 200, counts
+    on_step = lambda done, windows: steps.append(windows - done)
+    got = sample.restore_windows(image, known, mean_of_given, 32, on_step)
+    close(got, torch.full((3, 128, 128), 0.25), 1e-5)
+    assert min(counts) >= 200, counts
+    assert steps == sorted(steps, reverse=True) and 0 < steps[-1] <= 16, steps
     raises(ValueError, lambda: sample.restore(image, known & False, mean_of_given), "no pixel")
 
 
+def test_the_depth_of_a_hole_is_restored_at_half_the_size():
+    image = 0.4 + 0.01 * torch.rand(1, 64, 65, generator=seeded())
+    known, small = torch.ones(64, 65, dtype=torch.bool), []
+    known[20:32, 21:33] = False
+
+    def one_value_a_size(image, input_mask, *_):
+        small.append((image, input_mask))
+        return torch.where(input_mask, image, 0.8 if image.shape[1] == 64 else 0.4)
+
+    with patched(sample, restore_windows=one_value_a_size):
+        got = sample.restore(image, known, None)
+    row = got[0, 26, 21:27].tolist()  # from the rim to the middle of the hole
+    close(row, [0.8, 0.8, 0.667, 0.533, 0.4, 0.4], 0.01)
+    assert torch.equal(got[:, known], image[:, known])
+    half, mask = small[1]
+    assert half.shape == (1, 32, 33) and (~mask).sum() == 6 * 5  # those with none of four given
+    close(half[0, 5, 5], image[0, 10:12, 10:12].mean(), 1e-6)
+    close(half[0, 12, 10], image[0, 24:26, 20].mean(), 1e-6)  # the given two of four
+
+
+def test_the_progress_tells_method_windows_and_time_left():
+    terminal, clock = io.StringIO(), iter(range(0, 500, 10))
+    terminal.isatty = lambda: True
+    show = sample.show_progress("kriging")
+    with patched(sys, stdout=terminal), patched(time, time=lambda: next(clock)):
+        for done in range(0, 80, 16):
+            show(done, 960)
+    said = terminal.getvalue()
+    assert said.count("kriging: 960 windows, about 9 minutes\n") == 1, said
+    assert "kriging: 64 of 960 windows, 560 s left" in said.split("\n")[1], said
+
+
 def restored(flags):
-    """What sample.py prints for m.pt and a photograph, and restored.png."""
-    return works(sample, f"m.pt --image {flags}"), pixels_of("out/nf/restored.png")
+    """What sample.py prints for m.pt and a photograph, and NAME-restored.png."""
+    name = Path(flags.split()[0]).stem
+    return works(sample, f"m.pt --image {flags}"), pixels_of(f"out/nf/{name}-restored.png")
 
 
 def test_a_photograph_is_restored_by_the_one_step_mean():
     photo, _ = photograph()
     with folder(), spied(sample, "image_grid") as drawn:
         model, sched = save_field()
+        model.prior = sample.PrecisionField(model.prior.covariance)
         save_png("photo.png", photo)
         out, image = restored("photo.png --input-ratio 0.3 --seed 2 --json f.json")
         ((rows, labels), options), = drawn
-        expected = data.image_grid(rows, labels, **options)
-        assert np.array_equal(pixels_of("out/nf/comparison.png"), pixels_of(expected))
+        comparison = data.image_grid(rows, labels, **options)
+        assert np.array_equal(pixels_of("out/nf/photo-comparison.png"), pixels_of(comparison))
         got = json.loads(Path("f.json").read_text())
         pixels, known, *_ = data.load_picture("photo.png", 3, None, 0.3, 2)
     truth = pixels / 255
@@ -3757,7 +3828,6 @@ def test_a_photograph_is_restored_by_the_one_step_mean():
     (given, *images, last), = rows
     close(given, torch.where(known, truth, 0.5), 1e-6)
     close(last, truth, 1e-6)
-    assert "1,620 of 5,400 pixels given" in out
     for (name, answer), shown, label in zip(answers.items(), images, labels[1:]):
         close(shown, data.to_unit(sample.restore(data.to_signed(pixels) * known, known, answer)),
               1e-5)
@@ -3770,6 +3840,7 @@ def test_a_photograph_is_restored_by_the_one_step_mean():
     assert np.array_equal(image[known], photo[known])  # the given pixels, bit by bit
     assert labels[0] == "given" and labels[-1] == "truth"
     assert got["data"] == "photo.png" and got["images"] == 1 and len(got["methods"]) == 3
+    assert "3,780 of 5,400 pixels (70.0%) were hidden" in out, out
 
 
 def test_the_truth_under_a_mask_is_not_used():
@@ -3785,21 +3856,32 @@ def test_the_truth_under_a_mask_is_not_used():
         for name in ("photo.png", "seven.png"):
             assert np.array_equal(image, restored(f"{name} --mask mask.png")[1])
         assert abs(image - photo)[20:30, 30:40].max() < 60
-    for ((row,), labels), _ in drawn:
-        assert labels == ["given", "nearest", "kriging", "one-step mean"] and len(row) == 4
+        assert len(files_in(Path("out/nf"))) == 3 * 2  # no result replaces another one
+    for ((row,), labels), _ in drawn:  # the model alone
+        assert labels == ["given", "one-step mean"] and len(row) == 2
+    assert out.split("\n")[1:4] == [
+        "picture: out/nf/holes-restored.png", "picture: out/nf/holes-comparison.png",
+        "300 of 5,400 pixels (5.6%) were missing and are restored; the others are unchanged"]
 
 
-def test_grey_photographs_stay_grey():
+def test_grey_photographs_stay_grey_and_large_ones_large():
     grey = data.make_glyphs(1, 0)[0][0, 0].numpy()
+    wide = bytes_((40, 2001, 3))
     with folder():
         save_field(channels=1, path="grey.pt", side=28)
         save_field()
         save_png("grey.png", grey)
+        save_png("wide.png", wide)
+        save_png("mask.png", 255 * (np.arange(40 * 2001).reshape(40, 2001) == 5000))
         for model in ("m.pt", "grey.pt"):
             works(sample, f"{model} --image grey.png")
-            with Image.open("out/nf/restored.png") as picture:
+            with Image.open("out/nf/grey-restored.png") as picture:
                 assert picture.mode == "L" and picture.size == (28, 28)
                 assert (pixels_of(picture) == grey).mean() >= 0.2
+        _, image = restored("wide.png --mask mask.png")
+        assert image.shape == wide.shape and (image != wide).any(2).sum() <= 1
+        with Image.open("out/nf/wide-comparison.png") as picture:
+            assert picture.width < 2 * 700  # for the eye
 
 
 def test_the_middle_of_a_photograph_is_sampled():
@@ -3810,7 +3892,7 @@ def test_the_middle_of_a_photograph_is_sampled():
         out = works(sample, "m.pt --image photo.png --size 32 --steps 2 --samples 2 --gif")
         square = data.square_picture(data.open_picture("photo.png"), 3, 32)
         assert "photo.png: 1 images, 204 pixels given" in out
-        assert not Path("out/nf/restored.png").exists()
+        assert not Path("out/nf/photo-restored.png").exists()
         refused(sample, "m.pt --image photo.png --size 33", "3 x 32 x 32", "(3, 33, 33)")
     close(drawn[0][0][0][0][4], square / 255, 1e-6)
 
@@ -3841,19 +3923,34 @@ def test_photographs_that_cannot_be_restored_leave_the_last_result():
         save_png("nothing.png", np.zeros((50, 50, 4)))
         save_png("black.png", 0 * hole)
         restored("photo.png")
-        before = Path("out/nf/restored.png").read_bytes()
+        before = Path("out/nf/photo-restored.png").read_bytes()
         Path("cut.png").write_bytes(Path("photo.png").read_bytes()[:90])
         for flags, word in (("photo.png --mask dot.png", "same size"), ("cut.png", "cut.png"),
                             ("nothing.png", "no pixel"), ("none.png", "none.png"),
                             (".", "picture"), ("dot.png", "no pixel of the"),
                             ("photo.png --mask black.png", "no pixel is missing")):
             refused(sample, f"m.pt --image {flags}", word)
-        Path("out/nf/comparison.png").unlink()
-        os.mkdir("out/nf/comparison.png")  # cannot be replaced
-        os.mkdir("out/nf/.comparison.png")
-        refused(sample, "m.pt --image dot.png --input-ratio 0.5")
+        Path("out/nf/photo-comparison.png").unlink()
+        os.mkdir("out/nf/photo-comparison.png")  # cannot be replaced
         refused(sample, "m.pt --image photo.png --seed 3")
-        assert Path("out/nf/restored.png").read_bytes() == before
+        assert Path("out/nf/photo-restored.png").read_bytes() == before
+
+
+def test_both_pictures_of_a_photograph_are_written_or_none():
+    class Full(io.StringIO):
+        def write(self, text):
+            super().write(text)
+            if stop in self.getvalue():
+                raise OSError("no space left")
+
+    with folder():
+        save_field()
+        save_png("photo.png", photograph()[0])
+        for stop, written in (("dB", 0), ("picture:", 2), ("hidden", 2)):
+            shutil.rmtree("out", ignore_errors=True)
+            with patched(sys, stdout=Full()):
+                raises(OSError, lambda: sample.main(["m.pt", "--image", "photo.png"]), "space")
+            assert len(files_in(Path("out"))) == written, stop
 
 
 def test_the_shipped_model_is_better_than_kriging():
