@@ -1458,7 +1458,7 @@ def test_data_py_shows_images_and_their_sparse_pixels():
 
 def test_a_thousand_damaged_files():
     """Every one is loaded as something valid or refused in one line: no other exception."""
-    rng, model = np.random.default_rng(0), tiny_field(side=8)
+    rng, model = np.random.default_rng(0), tiny_field(**TINY, side=8)
     with folder() as root, patched(data, CIFAR10_URLS=[], MNIST_URLS=[]):
         zipped, _ = write_mnist(root / "MNIST" / "raw")
         photo, cifar = root / "photo.png", root / "cifar-10-batches-bin" / "test_batch.bin"
