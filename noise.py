@@ -1,12 +1,11 @@
-"""Four ways to corrupt an image: Gaussian noise, salt and pepper, masking, one of them at random;
-and two measures of the damage, PSNR and SSIM.
+"""Four ways to corrupt an image, and two measures of the damage, PSNR and SSIM.
 
 A denoising autoencoder sees the corrupted image, and its loss compares the output with the clean
 one: Vincent et al., "Stacked Denoising Autoencoders" (JMLR 2010), section 3.3.
 
-    python noise.py                 # the three noises at five strengths: out/noise.png
+    python noise.py                 # three noises at five strengths: out/noise.png
 
-This file needs only torch; its picture needs data.py and Pillow, too.
+Needs torch; the picture needs data.py, too.
 """
 import argparse
 import math
@@ -20,9 +19,8 @@ def add_gaussian_noise(images, noise_factor=0.3, generator=None):
     """Add white noise: clamp(images + noise_factor * eps, 0, 1), eps ~ N(0, 1) for each value.
 
     Every value is a little wrong and none is lost, so averaging over neighbours already helps.
-    images: float tensor of any shape in [0, 1]; it is not modified. noise_factor: the standard
-    deviation, 0 to 1,000,000; a number, or a tensor that broadcasts to the images.
-    Returns a new tensor of the same shape. Raises ValueError for a factor out of range or integers.
+    images: float, any shape, in [0, 1]; returns a new tensor. noise_factor: the standard deviation,
+    0 to 1,000,000: a number, or a tensor that broadcasts to images. ValueError for anything else.
     """
     check_noise(images, noise_factor, 1e6)
     eps = torch.randn(images.shape, generator=generator, device=images.device, dtype=images.dtype)
@@ -32,9 +30,9 @@ def add_gaussian_noise(images, noise_factor=0.3, generator=None):
 def add_salt_pepper_noise(images, noise_prob=0.2, generator=None):
     """Set a pixel to 0 or to 1, each with probability noise_prob / 2 (in 0 to 1).
 
-    Most pixels are untouched, and those that are hit keep nothing: they must be found first.
-    In a (B, C, H, W) tensor all channels of a pixel change together; in any other shape every
-    value is a pixel of its own. Otherwise like add_gaussian_noise.
+    Most pixels are untouched, and those that are hit keep nothing: they must be found first. In
+    (B, C, H, W) all channels of a pixel change together; in another shape each value is a pixel.
+    Otherwise like add_gaussian_noise.
     """
     check_noise(images, noise_prob, 1)
     u = uniform_per_pixel(images, generator)
@@ -57,8 +55,8 @@ def add_mixed_noise(images, generator=None):
     """Corrupt each image with one of the three noises, each at its own random strength.
 
     A network trained on it cannot rely on one kind or one amount of damage. Strengths are uniform:
-    Gaussian 0.1 to 0.5, salt and pepper 0.05 to 0.4, masking 0.1 to 0.6. images: float (B, ...).
-    Returns the same shape. Raises ValueError without a batch dimension and for integer images.
+    Gaussian 0.1 to 0.5, salt and pepper 0.05 to 0.4, masking 0.1 to 0.6. images: float (B, ...),
+    ValueError otherwise.
     """
     if images.dim() < 2:
         raise ValueError(f"mixed noise needs a batch (B, ...), got shape {tuple(images.shape)}")
@@ -85,29 +83,26 @@ def ssim(a, b):
 
     It compares means, variances and covariance in windows of 11 x 11 (Gaussian, sigma 1.5, no
     padding), so lost texture costs more than in PSNR. 1: equal. Mean over windows and channels.
-    Raises ValueError for images below 11 x 11 or of different shapes.
+    ValueError for images below 11 x 11 or of different shapes.
     """
     if a.shape != b.shape or min(a.shape[-2:]) < 11:
         raise ValueError(f"SSIM needs two batches of one shape, at least 11 x 11; got "
                          f"{tuple(a.shape)} and {tuple(b.shape)}")
-    batch = len(a)
-    # in float64, since a variance is a small difference of large numbers; some devices lack it
-    a = a.flatten(0, 1)[:, None].cpu().double()  # (B * C, 1, H, W)
-    b = b.flatten(0, 1)[:, None].cpu().double()
     distance = torch.arange(11, dtype=torch.float64) - 5
     gaussian = torch.exp(-(distance**2) / (2 * 1.5**2))
     window = torch.outer(gaussian, gaussian) / gaussian.sum() ** 2
-    window = window[None, None]  # (1, 1, 11, 11)
-
-    mean_a = F.conv2d(a, window)
-    mean_b = F.conv2d(b, window)
-    var_a = F.conv2d(a * a, window) - mean_a**2
-    var_b = F.conv2d(b * b, window) - mean_b**2
-    covariance = F.conv2d(a * b, window) - mean_a * mean_b
+    # in float64, since a variance is a small difference of large numbers; some devices lack it
+    a, b = a.cpu().double(), b.cpu().double()
+    maps = torch.stack([a, b, a * a, b * b, a * b])  # (5, B, C, H, W)
+    averages = F.conv2d(maps.flatten(0, 2)[:, None], window[None, None])
+    mean_a, mean_b, mean_aa, mean_bb, mean_ab = averages.view(5, len(a), -1)  # each (B, windows)
+    var_a = mean_aa - mean_a**2
+    var_b = mean_bb - mean_b**2
+    covariance = mean_ab - mean_a * mean_b
     c1, c2 = 0.01**2, 0.03**2  # keep the ratios finite where an image is black or flat
     luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
     structure = (2 * covariance + c2) / (var_a + var_b + c2)
-    return (luminance * structure).view(batch, -1).mean(1)
+    return (luminance * structure).mean(1)
 
 
 # ===================== below: random numbers, checks, command line, picture

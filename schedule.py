@@ -22,8 +22,8 @@ def cosine_beta_schedule(timesteps, s=0.008):
     """Betas for which alpha_bar follows a squared cosine. Improved DDPM, eq. 17.
 
     Linear betas spend their last fifth on almost pure noise; the cosine spreads the loss of signal
-    over all steps. The offset s keeps the first betas from being tiny, clipping the last below 1.
-    timesteps: T, 1 to 10,000. Returns float64 (T,). Raises ValueError for a T out of range.
+    over all steps. The offset s keeps the first betas from being tiny.
+    timesteps: T, 1 to 10,000, else ValueError. Returns float64 (T,).
     """
     check_timesteps(timesteps)
     u = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
@@ -35,16 +35,15 @@ def cosine_beta_schedule(timesteps, s=0.008):
 def linear_beta_schedule(timesteps, beta_start=0.0001, beta_end=0.02):
     """Betas on a straight line from beta_start to beta_end. DDPM, section 4.
 
-    The two ends, in (0, 1), are for 1,000 steps. Fewer steps must add as much noise in total, so
-    betas are scaled by 1000 / T, as in the code of Improved DDPM, and clipped to 0.9999.
-    timesteps: T, 1 to 10,000. Returns float64 (T,). Raises ValueError for values out of range.
+    The two ends are for 1,000 steps. Fewer steps must add as much noise in total, so betas are
+    multiplied by 1000 / T, as in the code of Improved DDPM.
+    timesteps: T, 1 to 10,000; ends in (0, 1), else ValueError. Returns float64 (T,).
     """
     check_timesteps(timesteps)
     if not (0 < beta_start < 1 and 0 < beta_end < 1):
         raise ValueError(f"betas must lie between 0 and 1, got {beta_start} to {beta_end}")
     betas = torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64)
-    scale = 1000 / timesteps
-    return (scale * betas).clamp(max=0.9999)
+    return (betas * 1000 / timesteps).clamp(max=0.9999)
 
 
 class DiffusionSchedule:
@@ -56,31 +55,26 @@ class DiffusionSchedule:
     """
 
     def __init__(self, timesteps=1000, beta_schedule="cosine"):
-        if beta_schedule == "cosine":
-            betas = cosine_beta_schedule(timesteps)
-        elif beta_schedule == "linear":
-            betas = linear_beta_schedule(timesteps)
-        else:
+        make_betas = {"cosine": cosine_beta_schedule, "linear": linear_beta_schedule}
+        if beta_schedule not in make_betas:
             raise ValueError(f"beta_schedule must be cosine or linear, got {beta_schedule!r}")
-        self.timesteps = timesteps                    # T
-        self.betas = betas                            # beta_t: variance of the noise that t adds
-        self.alphas = 1 - betas                       # alpha_t: share of the variance that it keeps
-        self.alphas_cumprod = self.alphas.cumprod(0)  # alpha_bar_t: share left after 0, 1, ..., t
-        # alpha_bar_{t-1}: 1, clean data, before timestep 0
-        self.alphas_cumprod_prev = F.pad(self.alphas_cumprod[:-1], (1, 0), value=1.0)
-        # DDPM, eq. 4: x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps
-        self.sqrt_alphas_cumprod = self.alphas_cumprod.sqrt()
-        self.sqrt_one_minus_alphas_cumprod = (1 - self.alphas_cumprod).sqrt()
-        # solved for x_0: x_0 = sqrt(1 / alpha_bar_t) x_t - sqrt(1 / alpha_bar_t - 1) eps
-        self.sqrt_recip_alphas_cumprod = (1 / self.alphas_cumprod).sqrt()
-        self.sqrt_recipm1_alphas_cumprod = (1 / self.alphas_cumprod - 1).sqrt()
-        # DDPM, eq. 6 and 7: q(x_{t-1} | x_t, x_0) = N(coef_x_0 x_0 + coef_x_t x_t, variance)
-        noise_t = 1 - self.alphas_cumprod             # variance of the noise in x_t
-        noise_prev = 1 - self.alphas_cumprod_prev     # and in x_{t-1}
-        self.posterior_mean_coef_x_0 = self.alphas_cumprod_prev.sqrt() * betas / noise_t
-        self.posterior_mean_coef_x_t = self.alphas.sqrt() * noise_prev / noise_t
-        self.posterior_variance = betas * noise_prev / noise_t
+        betas = make_betas[beta_schedule](timesteps)
+        self.timesteps = timesteps  # T
+        self.betas = betas          # variance of the noise that step t adds
+        self.alphas = 1 - betas     # share of the variance that it keeps
+        self.alphas_cumprod = alpha_bar = self.alphas.cumprod(0)  # share kept by steps 0 to t
+        self.alphas_cumprod_prev = alpha_bar_prev = F.pad(alpha_bar[:-1], (1, 0), value=1.0)
+        # x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps
+        self.sqrt_alphas_cumprod = alpha_bar.sqrt()
+        self.sqrt_one_minus_alphas_cumprod = (1 - alpha_bar).sqrt()
+        # solved for x_0: x_0 = sqrt(1 / alpha_bar) x_t - sqrt(1 / alpha_bar - 1) eps
+        self.sqrt_recip_alphas_cumprod = (1 / alpha_bar).sqrt()
+        self.sqrt_recipm1_alphas_cumprod = (1 / alpha_bar - 1).sqrt()
+        # of q(x_{t-1} | x_t, x_0) = N(coef_x_0 x_0 + coef_x_t x_t, variance): DDPM, eq. 6 and 7
+        self.posterior_variance = betas * (1 - alpha_bar_prev) / (1 - alpha_bar)
         self.posterior_log_variance = self.posterior_variance.clamp(min=1e-20).log()
+        self.posterior_mean_coef_x_0 = alpha_bar_prev.sqrt() * betas / (1 - alpha_bar)
+        self.posterior_mean_coef_x_t = self.alphas.sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar)
 
     def to(self, device):
         """Move the constants to `device` (as float32 to "mps", which has no float64)."""
@@ -90,23 +84,15 @@ class DiffusionSchedule:
                 setattr(self, name, value.to(device, dtype))
         return self
 
-    def index(self, t, x, lowest=0):
-        """t as int64 (B or 1, 1, ..., 1), so that constant[t] multiplies items of x (B, ...)."""
-        if isinstance(t, int) and not lowest <= t < self.timesteps:
-            raise IndexError(f"t must be {lowest} or more and below {self.timesteps}, got {t}")
-        t = torch.as_tensor(t, device=x.device).long()
-        return t.view(-1, *[1] * (x.dim() - 1))
-
     def q_sample(self, x_0, t, noise):
         """Noisy data x_t from clean data x_0, in one go for any t. DDPM, eq. 4."""
-        t = self.index(t, x_0)
-        signal = self.sqrt_alphas_cumprod[t] * x_0
-        noise = self.sqrt_one_minus_alphas_cumprod[t] * noise
-        return (signal + noise).to(x_0.dtype)
+        t = as_index(t, x_0, self.timesteps)
+        x_t = self.sqrt_alphas_cumprod[t] * x_0 + self.sqrt_one_minus_alphas_cumprod[t] * noise
+        return x_t.to(x_0.dtype)
 
     def predict_eps(self, x_t, t, x_0):
         """The noise in x_t if x_0 is the clean data: DDPM, eq. 4, solved for eps."""
-        t = self.index(t, x_t)
+        t = as_index(t, x_t, self.timesteps)
         scaled_eps = self.sqrt_recip_alphas_cumprod[t] * x_t - x_0
         return (scaled_eps / self.sqrt_recipm1_alphas_cumprod[t]).to(x_t.dtype)
 
@@ -114,43 +100,34 @@ class DiffusionSchedule:
         """From timestep t to any earlier t_next, given the predicted x_0. DDIM, eq. 12.
 
         The prediction splits x_t into x_0_hat and eps_hat: jump to x_0_hat, then walk back along
-        eps_hat to the noise level of t_next. Only the two levels matter, not how many timesteps
-        lie between them, so steps can be left out.
-        t_next: below t; -1 is clean data. eta: how much of the noise is new; 0: none, 1 with
-        t_next = t - 1: as much as in DDPM. noise: N(0, I), drawn if it is None and eta is not 0.
+        eps_hat to the noise level of t_next. Only the two levels matter, so timesteps between
+        them can be left out. t_next = -1: clean data. eta: how much of the noise is new; 0: none,
+        1 with t_next = t - 1: as much as in DDPM. noise: N(0, I), drawn if None and eta is not 0.
         """
         eps = self.predict_eps(x_t, t, x_0)
-        alpha_bar = self.alphas_cumprod[self.index(t, x_t)]
         alpha_bars = F.pad(self.alphas_cumprod, (0, 1), value=1.0)  # alpha_bars[-1]: clean data
-        alpha_bar_next = alpha_bars[self.index(t_next, x_t, lowest=-1)]
-        # eq. 16: the standard deviation of the new noise
-        sigma = eta * ((1 - alpha_bar_next) / (1 - alpha_bar)).sqrt()
-        sigma = sigma * (1 - alpha_bar / alpha_bar_next).sqrt()
+        alpha_bar = alpha_bars[as_index(t, x_t, self.timesteps)]
+        alpha_bar_next = alpha_bars[as_index(t_next, x_t, self.timesteps, lowest=-1)]
+        # eq. 16, squared: the variance of the new noise
+        new = eta**2 * (1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)
         # the old noise makes up the rest: together they have the variance 1 - alpha_bar_next
-        old = (1 - alpha_bar_next - sigma**2).clamp(min=0).sqrt()
-        x_next = alpha_bar_next.sqrt() * x_0 + old * eps
+        old = (1 - alpha_bar_next - new).clamp(min=0)
+        x_next = alpha_bar_next.sqrt() * x_0 + old.sqrt() * eps
         if eta > 0:
             noise = normal_like(x_t) if noise is None else noise
-            x_next = x_next + sigma * noise
+            x_next = x_next + new.sqrt() * noise
         return x_next.to(x_t.dtype)
 
     def ddpm_step(self, x_t, x_0, t, noise=None):
-        """From t to t - 1 (x_0 at t = 0): a draw from q(x_{t-1} | x_t, x_0). DDPM, eq. 6 and 7.
+        """From t to t - 1 (clean data at t = 0), given the predicted x_0. DDPM, eq. 6 and 7.
 
-        If x_0 is known, Bayes' rule gives x_{t-1}: a Gaussian with its mean between x_0 and x_t.
-        Here the network's prediction stands in for x_0. noise: N(0, I), drawn if it is None.
+        A draw from q(x_{t-1} | x_t, x_0), which Bayes' rule gives: a Gaussian with its mean
+        between x_0 and x_t. noise: N(0, I), drawn if it is None.
         """
         noise = normal_like(x_t) if noise is None else noise
-        t = self.index(t, x_t)
+        t = as_index(t, x_t, self.timesteps)
         mean = self.posterior_mean_coef_x_0[t] * x_0 + self.posterior_mean_coef_x_t[t] * x_t
         return (mean + self.posterior_variance[t].sqrt() * noise).to(x_t.dtype)
-
-    def sampling_timesteps(self, num_steps):
-        """int64 (num_steps,), evenly from T - 1 to 0. ValueError unless 1 <= num_steps <= T."""
-        if not 1 <= num_steps <= self.timesteps:
-            raise ValueError(f"sampling steps must be 1 to {self.timesteps}, got {num_steps}")
-        steps = torch.linspace(self.timesteps - 1, 0, num_steps, dtype=torch.float64)
-        return steps.round().long()
 
 
 @torch.no_grad()
@@ -161,16 +138,12 @@ def ddim(denoise, schedule, x_T, num_steps=50, eta=0.0, generator=None, on_step=
     may be on another device. on_step(t, x_t, x_0_hat), if given, is called before each step.
     Returns (B, ...), not clamped. Raises ValueError for num_steps outside 1..T, eta outside [0, 1].
     """
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta must be between 0 and 1, got {eta}")
-    timesteps = schedule.sampling_timesteps(num_steps).tolist()
+    check_steps_and_eta(num_steps, schedule.timesteps, eta)
+    timesteps = torch.linspace(schedule.timesteps - 1, 0, num_steps, dtype=torch.float64)
+    timesteps = timesteps.round().int().tolist()  # evenly from T - 1 to 0
     x_t = x_T
-    next_timesteps = [*timesteps[1:], -1]  # the last step leads to clean data
-    for t, t_next in zip(timesteps, next_timesteps):
-        t_batch = torch.full((len(x_t),), t, device=x_t.device)
-        x_0_hat = denoise(x_t, t_batch)
-        if on_step is not None:
-            on_step(t, x_t, x_0_hat)
+    for t, t_next in zip(timesteps, [*timesteps[1:], -1]):  # the last step leads to clean data
+        x_0_hat = predict_x_0(denoise, x_t, t, on_step)
         noise = normal_like(x_t, generator) if eta > 0 else None
         x_t = schedule.ddim_step(x_t, x_0_hat, t, t_next, eta, noise)
     return x_t
@@ -181,16 +154,30 @@ def ddpm(denoise, schedule, x_T, generator=None, on_step=None):
     """Ancestral sampling over all T timesteps. DDPM, algorithm 2. Otherwise like ddim."""
     x_t = x_T
     for t in reversed(range(schedule.timesteps)):
-        t_batch = torch.full((len(x_t),), t, device=x_t.device)
-        x_0_hat = denoise(x_t, t_batch)
-        if on_step is not None:
-            on_step(t, x_t, x_0_hat)
+        x_0_hat = predict_x_0(denoise, x_t, t, on_step)
         noise = normal_like(x_t, generator) if t > 0 else torch.zeros_like(x_t)
         x_t = schedule.ddpm_step(x_t, x_0_hat, t, noise)
     return x_t
 
 
-# ===================== below: random numbers, checks, command line, picture
+# ===================== below: indexing, random numbers, checks, command line, picture
+
+
+def predict_x_0(denoise, x_t, t, on_step):
+    """denoise(x_t, t) with t, an int, as int64 (B,); on_step gets the result, too."""
+    t_batch = torch.full((len(x_t),), t, device=x_t.device)
+    x_0_hat = denoise(x_t, t_batch)
+    if on_step is not None:
+        on_step(t, x_t, x_0_hat)
+    return x_0_hat
+
+
+def as_index(t, x, timesteps, lowest=0):
+    """t as int64 (B or 1, 1, ..., 1), so that constant[t] multiplies items of x (B, ...)."""
+    if isinstance(t, int) and not lowest <= t < timesteps:
+        raise IndexError(f"t must be {lowest} or more and below {timesteps}, got {t}")
+    t = torch.as_tensor(t, device=x.device).long()
+    return t.view(-1, *[1] * (x.dim() - 1))
 
 
 def normal_like(x, generator=None):
@@ -202,6 +189,13 @@ def normal_like(x, generator=None):
 def check_timesteps(timesteps):
     if not 1 <= timesteps <= 10_000:
         raise ValueError(f"a schedule needs 1 to 10,000 timesteps, got {timesteps}")
+
+
+def check_steps_and_eta(num_steps, timesteps, eta):
+    if not 1 <= num_steps <= timesteps:
+        raise ValueError(f"sampling steps must be 1 to {timesteps}, got {num_steps}")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must be between 0 and 1, got {eta}")
 
 
 def main():
