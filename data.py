@@ -484,7 +484,7 @@ def axis(values):
 
 
 class Output:
-    """Standard output that may be missing, closed early or of any encoding: printing never fails."""
+    """Standard output that may be missing, closed, or of any encoding: printing never fails."""
 
     def __init__(self, stream):
         missing = stream is None or stream.closed

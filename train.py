@@ -108,10 +108,14 @@ def training_loop(task, optimizers, images, args, world=1, first=0):
         loss = task.batch_loss(order[place * size:(place + 1) * size])
         model.zero_grad()
         loss.backward()
-        if world > 1:
-            average([loss.detach(), *(p.grad for p in model.parameters())], world)
+        if world > 1:  # of equal shares of a batch, means are the figures of the batch
+            for x in (loss.detach(), *(p.grad for p in model.parameters())):
+                torch.distributed.all_reduce(x)
+                x /= world
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        rate = learning_rate(step, args.steps, task.warmup)
+        # A linear warm-up, times a half-cosine decay to 0. Loshchilov & Hutter (2017), eq. 5
+        rate = min(1.0, (step + 1) / max(1, task.warmup * args.steps))
+        rate *= 0.5 * (1 + math.cos(math.pi * step / args.steps))
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = optimizer.defaults["lr"] * rate
@@ -120,25 +124,8 @@ def training_loop(task, optimizers, images, args, world=1, first=0):
 
 
 # ======================= below: models, optimizers, the run with its checkpoints, command line
-def learning_rate(step, steps, warmup):
-    """The share of the peak learning rate: a linear warm-up over the share `warmup` of the steps,
-    times a half-cosine decay to 0. Loshchilov & Hutter (2017), eq. 5."""
-    rise = min(1.0, (step + 1) / max(1, warmup * steps))
-    return rise * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-def average(tensors, world):
-    """Means over all processes, in place: of equal shares of a batch, the figures of the batch."""
-    for x in tensors:
-        torch.distributed.all_reduce(x)
-        x /= world
-
-
 def nf_task(args, images, test_images, rows):
-    """The neural field: its model, the loss of a batch, and a figure to watch.
-
-    images, test_images: uint8 (N, C, H, W). rows: this process's share of a batch.
-    """
+    """The field's model, losses and figures. images, test_images: uint8 (N, C, H, W)."""
     channels, side = images.shape[1:3]
     schedule = DiffusionSchedule(beta_schedule=args.beta_schedule)
     config = dict(SIZES[args.size], parts=args.parts, channels=channels, side=side)
@@ -240,13 +227,12 @@ def make_optimizers(model, args):
 def train(task, optimizers, images, args, path, rank, world):
     """Run the loop; test, save and print now and then. Returns (losses, tests).
 
-    Ctrl-C and SIGTERM end it after a whole step, saved; a second one at once. The first save of a
-    new run keeps the checkpoint of an older one. Raises ValueError, and saves nothing, if the loss
-    or a weight is not finite.
+    Ctrl-C and SIGTERM end it after a whole step, saved; a second one at once. Raises ValueError,
+    and saves nothing, if the loss or a weight is not finite.
     """
     losses = torch.zeros(args.steps, device=args.device)
     settings = {key: value for key, value in vars(args).items() if key not in FREE}
-    first, tests, others = 0, [], not args.resume  # others: path holds another run, if any
+    first, tests, ours = 0, [], args.resume  # ours: what is at path is of this run
     old = path.with_name("checkpoint-old.pt")
     if args.resume:
         first, tests = resume(path, settings, task.model, optimizers, losses)
@@ -254,12 +240,10 @@ def train(task, optimizers, images, args, path, rank, world):
         print(f"notice: {path} will become {old}; --resume would go on from it")
 
     def save(step):
-        nonlocal others
-        if rank > 0:
-            return
-        if others and path.exists():
+        nonlocal ours
+        if not ours and path.exists():
             shutil.copyfile(path, old)
-        others = False
+        ours = True
         sample.save_checkpoint(path, dict(
             kind=args.model, config=task.config, data=args.data, step=step, settings=settings,
             schedule=dict(beta_schedule=args.beta_schedule), model=task.model.state_dict(),
@@ -269,30 +253,33 @@ def train(task, optimizers, images, args, path, rank, world):
     signals = []
     watch_for_signals(signals, world)
     step, start = first, time.perf_counter()
-    for step, loss in training_loop(task, optimizers, images, args, world, first):
-        losses[step - 1] = loss
-        rate = (step - first) / (time.perf_counter() - start)
-        line = (f"step {step:,} of {args.steps:,}  {rate * args.batch_size:,.0f} images/s  "
-                f"{(args.steps - step) / rate:.0f} s left")
-        stopping, reporting = bool(signals), step % task.every == 0 or step == args.steps
-        if reporting:
-            tests.append([step, *task.measure()])
-            line += f"  {task.metric} {tests[-1][1]:.4g}"
-        if reporting or (stopping and tests):
-            recent = losses[max(0, step - 100):step].mean()  # reading it makes a GPU wait
-            check_finite(task.model, recent, step, path)
-            save(step)
-            print(f"{line}  loss {recent:.5f}", flush=True)
-        elif sys.stdout.isatty():
-            print(line, end="\x1b[K\r")  # clears the rest of the line
-        if stopping:
-            break
-    watch_for_signals(None, world)
+    try:
+        for step, loss in training_loop(task, optimizers, images, args, world, first):
+            losses[step - 1] = loss
+            rate = (step - first) / (time.perf_counter() - start)
+            line = (f"step {step:,} of {args.steps:,}  {rate * args.batch_size:,.0f} images/s  "
+                    f"{(args.steps - step) / rate:.0f} s left")
+            stopping, reporting = bool(signals), step % task.every == 0 or step == args.steps
+            if reporting:
+                tests.append([step, *task.measure()])
+                line += f"  {task.metric} {tests[-1][1]:.4g}"
+            if reporting or (stopping and tests):
+                recent = losses[max(0, step - 100):step].mean()  # reading it makes a GPU wait
+                check_finite(task.model, recent, step, path)
+                if rank == 0:
+                    save(step)
+                print(f"{line}  loss {recent:.5f}", flush=True)
+            elif sys.stdout.isatty():
+                print(line, end="\x1b[K\r")  # clears the rest of the line
+            if stopping:
+                break
+    finally:
+        watch_for_signals(None, world)
     if step < args.steps:
         saved = f"saved: {path}. To go on, give the same command with --resume"
         print("stopped and", saved if tests else "not saved: there was no report yet")
         sys.exit(128 + signals[0])
-    if not optimizers:
+    if not optimizers and rank == 0:
         save(0)
     print(f"trained in {time.perf_counter() - start:.0f} s; checkpoint: {path}")
     return losses, tests
@@ -508,10 +495,8 @@ def main(argv=None):
     make_task = nf_task if args.model == "nf" else autoencoder_task
     task = make_task(args, images, test_images, rows=slice(rank, None, world))
     optimizers = make_optimizers(task.model, args)
-    if not optimizers:  # --parts gaussian is linear algebra: it has no weights
-        if args.resume:
-            raise ValueError("--parts gaussian has no weights: there is nothing to resume")
-        args.steps = 0
+    if not optimizers:
+        args.steps = 0  # --parts gaussian is linear algebra: it has no weights
     print(f"{args.model}: {sum(p.numel() for p in task.model.parameters()):,} parameters | "
           f"{args.data}: {len(images):,} images | {args.device}, processes: {world}, threads: "
           f"{torch.get_num_threads()}, torch {torch.__version__}")
