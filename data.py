@@ -559,10 +559,32 @@ def axis(values):
     return numbers, [f"{number:z.{decimals}f}" for number in numbers.tolist()]  # z: 0, not -0
 
 
+class Output:
+    """Standard output that may be missing, closed, or of any encoding: printing never fails."""
+
+    def __init__(self, stream):
+        missing = stream is None or stream.closed
+        self.stream = open(os.devnull, "w") if missing else stream
+        if hasattr(self.stream, "reconfigure"):
+            self.stream.reconfigure(errors="replace")  # a question mark for what it cannot show
+
+    def write(self, text):
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.write(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
 def run(main):
     """Call main(). An expected error ends in one line and exit code 1, Ctrl-C in 130."""
     if sys.version_info < (3, 11):
         sys.exit("error: Python 3.11 or later is needed, and this is " + sys.version.split()[0])
+    sys.stdout = Output(sys.stdout)
     try:
         main()
     except (ValueError, OSError, torch.linalg.LinAlgError) as problem:

@@ -626,8 +626,9 @@ def parse_arguments(argv):
     add("--mask", type=Path,
         help="of --image, as large; missing: levels of 16 or more of 255, of two the higher one")
     add("--size", type=between(1, 64), help="reduce --image to the size of the training images, 32")
-    add("--evaluate", type=between(1, 10**6), nargs="?", const=1000, default=6,
-        help="measure on so many test images (1,000 if no number is given)")
+    add("--evaluate", type=between(1, 10**6), nargs="?", const=1000,
+        help="measure on so many test images (1,000 if no number is given; default 6, of an "
+             "autoencoder all)")
     add("--export", type=Path, help="write the weights alone, in half precision, to this file")
     add("--json", type=Path, help="write the figures of the table to this file")
     add("--data", help="default: what the model was trained on")
@@ -641,6 +642,8 @@ def parse_arguments(argv):
         parser.error("--mask and --size are for --image")
     if args.size and args.mask:
         parser.error("--size takes a complete picture: no --mask")
+    if args.image and (args.evaluate or args.data):
+        parser.error("--evaluate and --data are for test images, not for --image")
     args.sampling = any([args.sampler, args.steps, args.eta, args.samples, args.full, args.gif,
                          args.scale > 1, args.pixels])
     if args.image and not args.size and args.sampling:
@@ -661,15 +664,18 @@ def report_test_images(model, schedule, checkpoint, args):
     else:
         shipped = args.checkpoint.resolve() == SHIPPED  # it must work without a network
         wanted = args.data or ("auto" if shipped else checkpoint["data"])
+        if not args.data and os.path.isabs(wanted) and not os.path.isdir(wanted):
+            raise ValueError(f"{args.checkpoint} was trained on pictures in {wanted}, which is not "
+                             f"there now: add --data and the folder that has them")
         real = "cifar10" if channels == 3 else "mnist"
         name, images, _ = load_dataset(wanted, args.data_dir, train=False, real=real)
     if images.shape[1:] != (channels, side, side):
         raise ValueError(f"{args.checkpoint} takes images of {channels} x {side} x {side}, and "
                          f"those of {name} are {tuple(images.shape[1:])}")
-    images = images.to(args.device)
     if checkpoint["kind"] != "nf":
+        images = images[:args.evaluate].to(args.device)
         return name, images, report_autoencoder(model, images, folder, settings["noise"])
-    images = images[:args.evaluate]
+    images = images[:args.evaluate or 6].to(args.device)
     pixels = args.pixels or settings.get("pixels", "grid")
     figures = report_field(model, schedule, images, folder, name, args.seed, args.input_ratio,
                            args.steps or 50, args.eta, args.sampler, args.samples, args.full,
@@ -691,8 +697,12 @@ def main(argv=None):
     kind = checkpoint["kind"]
     print(f"{args.checkpoint}: {kind}, {checkpoint['step']:,} steps on {checkpoint['data']}")
     if args.export:
+        if args.export.exists() and args.export.samefile(args.checkpoint):
+            raise ValueError(f"--export {args.export} is the checkpoint itself, which could not be "
+                             f"resumed any more: choose another name")
         return export(model, checkpoint, args.export)
-    if kind != "nf" and (args.image or args.sampling):
+    other_ratio = args.input_ratio != 0.2
+    if kind != "nf" and (args.image or args.sampling or args.seed or other_ratio):
         raise ValueError(f"{args.checkpoint} is an autoencoder, and these flags are for a neural "
                          f"field: give the path of its checkpoint")
     schedule = DiffusionSchedule(**checkpoint["schedule"]).to(args.device)

@@ -14,10 +14,12 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -112,20 +114,26 @@ def refused(module, line, *words):
     assert all(str(word) in err for word in words), err
 
 
+@functools.cache
+def tiny_images():
+    """112 leaves (112, 3072), 384 glyphs (384, 28, 28) and their labels, as numpy arrays."""
+    leaves = data.make_leaves(112, 11)[0].flatten(1)
+    glyphs, labels = data.make_glyphs(384, 11)
+    return leaves.numpy(), glyphs[:, 0].numpy(), labels.numpy()
+
+
 @contextlib.contextmanager
 def tiny_sets(place="data"):
     """A folder with 80 + 32 images in the CIFAR-10 format and 320 + 64 in that of MNIST in it."""
     with folder() as root:
         cifar = root / place / "cifar-10-batches-bin"
         cifar.mkdir(parents=True)
-        pixels = data.make_leaves(112, 11)[0].flatten(1)
-        rows = F.pad(pixels, (1, 0)).numpy()  # every label is 0
+        leaves, images, labels = tiny_images()
+        rows = np.pad(leaves, ((0, 0), (1, 0)))  # every label is 0
         for i in range(5):
             batch = rows[16 * i:16 * i + 16]
             (cifar / f"data_batch_{i + 1}.bin").write_bytes(batch.tobytes())
         (cifar / "test_batch.bin").write_bytes(rows[80:].tobytes())
-        images, labels = data.make_glyphs(384, 11)
-        images, labels = images[:, 0].numpy(), labels.numpy()
         raw = root / place / "MNIST/raw"
         write_mnist(raw, images[:320], labels[:320], "train")
         write_mnist(raw, images[320:], labels[320:], "t10k")
@@ -1433,6 +1441,33 @@ def test_expected_errors_end_in_one_line():
     too_much = types.SimpleNamespace(main=lambda: torch.zeros(2**50), __name__="a")
     refused(too_much, "", "out of memory")
     raises(RuntimeError, lambda: fails(RuntimeError("a mistake")), "a mistake")
+
+
+def test_printing_never_ends_a_program():
+    def main():
+        print("± é")
+        sys.stdout.flush()
+        assert not sys.stdout.isatty()
+        Path("results").touch()
+
+    readable, writable = os.pipe()
+    os.close(readable)
+    closed_early, closed = open(writable, "w"), io.StringIO()
+    closed.close()
+    ascii_only = io.TextIOWrapper(io.BytesIO(), "ascii")
+    for stream in (None, closed, closed_early, open("/dev/full", "w"), ascii_only):
+        with folder(), patched(sys, stdout=stream):
+            data.run(main)
+            assert os.path.exists("results")
+    assert ascii_only.buffer.getvalue() == b"? ?\n"
+
+
+def test_a_pipe_that_closes_early_ends_a_program_quietly():
+    with folder():
+        line = f"set -o pipefail; {sys.executable} {HERE}/data.py --data glyphs | true"
+        done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+        assert done.returncode == 0 and not done.stderr, done
+        assert Path("out/data.png").exists()
 
 
 def test_data_py_shows_images_and_their_sparse_pixels():
@@ -2752,6 +2787,19 @@ def checkpoint_of(place):
     return torch.load(f"{place}/checkpoint.pt", weights_only=True)
 
 
+@contextlib.contextmanager
+def without_reports():
+    """tiny_sets, but train.py measures and draws nothing, which takes most of a short run."""
+    figures = {"one-step mean": {"psnr": 20.0}, "kriging": {"psnr": 19.0}}
+
+    def nothing(*_, **__):
+        return {}
+
+    with (tiny_sets() as root, patched(train, report_autoencoder=nothing, draw_losses=nothing),
+          patched(sample, report_field=nothing, evaluate_field=lambda *_, **__: figures)):
+        yield root
+
+
 def trained(model, flags):
     """Run train.py in this process; returns its checkpoint. The default seed is 42."""
     name = "cifar10" if model == "nf" else "mnist"
@@ -2793,30 +2841,6 @@ def test_the_training_loop_by_hand():
     assert not torch.equal(epochs[0], epochs[1])
 
 
-def test_three_steps_of_the_denoising_autoencoder_written_out():
-    with tiny_sets():
-        got = trained("dae", "--steps 3 --batch-size 64")
-        images = data.load_mnist("data", True)[0].flatten(1).float() / 255
-        torch.manual_seed(42)
-        model = autoencoder.DenoisingAutoencoder()
-        model.init_output_bias(images)
-        optimizer = torch.optim.AdamW(model.parameters(), 1.0, weight_decay=0.0)
-        order = torch.randperm(len(images), generator=seeded(42_000_126))
-        for step in range(3):
-            clean = images[order[64 * step:64 * step + 64]]
-            eps = torch.randn(64, 784, generator=seeded(42_000_126 + step))
-            loss = ((model((clean + 0.3 * eps).clamp(0, 1))[0] - clean) ** 2).mean()
-            close(got["losses"][step], loss.detach(), 1e-6)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.param_groups[0]["lr"] = 0.006 * 0.5 * (1 + math.cos(math.pi * step / 3))
-            optimizer.step()
-        # Adam divides a gradient by its own size: where that is almost 0, rounding decides.
-        errors = torch.cat([(got["model"][name] - value).abs().flatten()
-                            for name, value in model.state_dict().items()])
-        assert (errors > 1e-4).float().mean() < 1e-3 and errors.max() < 0.01, errors.max()
-
-
 def orthogonal_update(p, lr):
     """Muon's update of one weight by its definition: a polynomial of the singular values."""
     gradient, shape = p.grad.double().flatten(1), p.shape
@@ -2830,81 +2854,86 @@ def orthogonal_update(p, lr):
     p.data = (p.data * (1 - 0.01 * lr) - lr * update.reshape(shape)).float()
 
 
+def half_batch_loss(model, sched, images, index, masks, pure):
+    """The loss of half a batch by hand; pure: of pure noise, with 614 outputs, otherwise 204."""
+    values = images[index].flatten(2).mT / 127.5 - 1
+    order = data.fixed_order(42, index, 1024)
+    if masks == "fresh":
+        order = torch.rand(len(index), 1024)
+    order = order.argsort(1)
+    chosen = order[:, :204], order[:, 204:818 if pure else 408]
+    coords = [torch.stack([i % 32, i // 32], -1) / 31 for i in chosen]
+    x_in, x_0 = (values.gather(1, i[..., None].expand(-1, -1, 3)) for i in chosen)
+    t = torch.randint(999 if pure else 0, 1000, (len(index),))
+    x_t = None
+    if not pure:
+        bar = sched.alphas_cumprod[t].float()[:, None, None]
+        x_t = bar.sqrt() * x_0 + (1 - bar).sqrt() * torch.randn(x_0.shape)
+    return ((model(x_t, coords[1], t, coords[0], x_in) - x_0) ** 2).mean()
+
+
 def test_three_steps_of_the_field_written_out():
-    """Batches of 40 of 80 images, so the third step begins a new epoch."""
-    with tiny_sets():
-        images, sched = data.load_cifar10("data", True)[0], schedule.DiffusionSchedule()
-        order = torch.cat([torch.randperm(80, generator=seeded(42_000_126 + i)) for i in range(2)])
-        for masks in ("fresh", "fixed"):
-            got = trained("nf", f"--steps 3 --batch-size 40 --masks {masks}")
-            torch.manual_seed(42)
-            covariance = nf_denoiser.pixel_covariance(images)
-            model = nf_denoiser.NFDenoiser(sched.alphas_cumprod, covariance=covariance,
-                                           **TINY)
-            close(got["model"]["prior.covariance"], covariance, 1e-6)
-            named = dict(model.named_parameters())
-            start = {name: p.detach().clone() for name, p in named.items()}
-            small = ("latents", "to_values.weight", "unet.first.weight")
-            muon = [p for name, p in named.items() if p.dim() > 1 and not name.endswith(small)]
-            rest = [p for p in named.values() if not any(p is q for q in muon)]
-            adamw = torch.optim.AdamW(rest, 1.0, weight_decay=0.01)
-            for step in range(3):
-                torch.manual_seed(42_000_126 + step)
-                losses = []
-                for place, pure in ((40 * step, True), (40 * step + 20, False)):
-                    index = order[place:place + 20]
-                    values = images[index].flatten(2).mT / 127.5 - 1
-                    drawn = (torch.rand(20, 1024) if masks == "fresh"
-                             else data.fixed_order(42, index, 1024)).argsort(1)
-                    chosen = drawn[:, :204], drawn[:, 204:818 if pure else 408]
-                    coords = [torch.stack([i % 32, i // 32], -1) / 31 for i in chosen]
-                    x_in, x_0 = (values.gather(1, i[..., None].expand(-1, -1, 3)) for i in chosen)
-                    t = torch.randint(999 if pure else 0, 1000, (20,))
-                    bar = sched.alphas_cumprod[t].float()[:, None, None]
-                    x_t = None
-                    if not pure:
-                        eps = torch.randn(x_0.shape)
-                        x_t = bar.sqrt() * x_0 + (1 - bar).sqrt() * eps
-                    x_0_hat = model(x_t, coords[1], t, coords[0], x_in)
-                    losses.append(((x_0_hat - x_0) ** 2).mean())
-                loss = sum(losses) / 2
-                close(got["losses"][step], loss.detach(), 2e-5)
-                model.zero_grad()
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                rate = 0.5 * (1 + math.cos(math.pi * step / 3))
-                adamw.param_groups[0]["lr"] = 0.15 * 0.02 * rate
-                adamw.step()
-                for p in muon:
-                    orthogonal_update(p, 0.02 * rate)
-            for group in ([name for name in start if start[name].dim() > 1], list(start)):
-                moved = sum((named[name] - start[name]).abs().sum() for name in group)
-                apart = sum((named[name] - got["model"][name]).abs().sum() for name in group)
-                assert apart < 0.03 * moved, (apart, moved)
-        assert got["step"] == 3 and got["data"] == "cifar10"
-        assert {o["param_groups"][0]["weight_decay"] for o in got["optimizers"]} == {0.01}
-        full = types.SimpleNamespace(model="nf", size="full", lr=1e-4)  # AdamW alone
-        assert [type(o) for o in train.make_optimizers(model, full)] == [torch.optim.AdamW]
+    """Batches of 8 of 16 images, so the third step begins a new epoch."""
+    images, sched = data.make_leaves(16, 3)[0], schedule.DiffusionSchedule()
+    order = torch.cat([torch.randperm(16, generator=seeded(42_000_126 + i)) for i in range(2)])
+    for masks, steps in (("fresh", 3), ("fixed", 1)):
+        with without_reports(), patched(data, load_cifar10=lambda *_: (images, None)):
+            got = trained("nf", f"--steps {steps} --batch-size 8 --masks {masks}")
+        torch.manual_seed(42)
+        model = nf_denoiser.NFDenoiser(sched.alphas_cumprod, **TINY,
+                                       covariance=nf_denoiser.pixel_covariance(images))
+        start = {name: p.clone() for name, p in model.state_dict().items()}
+        muon, rest = {}, {}
+        for name, p in model.named_parameters():
+            small = name.endswith(("latents", "to_values.weight", "unet.first.weight"))
+            (rest if small or p.dim() == 1 else muon)[name] = p
+        adamw = torch.optim.AdamW(rest.values(), 1.0, weight_decay=0.01)
+        for step in range(steps):
+            torch.manual_seed(42_000_126 + step)
+            first, second = order[8 * step:8 * step + 8].chunk(2)
+            loss = half_batch_loss(model, sched, images, first, masks, pure=True) / 2
+            loss = loss + half_batch_loss(model, sched, images, second, masks, pure=False) / 2
+            close(got["losses"][step], loss.detach(), 2e-5)
+            model.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            rate = 0.5 * (1 + math.cos(math.pi * step / steps))
+            adamw.param_groups[0]["lr"] = 0.15 * 0.02 * rate
+            adamw.step()
+            for p in muon.values():
+                orthogonal_update(p, 0.02 * rate)
+        for group in (muon, rest):
+            moved = sum((p - start[name]).abs().sum() for name, p in group.items())
+            apart = sum((p - got["model"][name]).abs().sum() for name, p in group.items())
+            assert apart < 0.03 * moved, (apart, moved)
+    assert got["step"] == 1 and got["data"] == "cifar10"
+    assert {o["param_groups"][0]["weight_decay"] for o in got["optimizers"]} == {0.01}
+    full = types.SimpleNamespace(model="nf", size="full", lr=1e-4)  # AdamW alone
+    assert [type(o) for o in train.make_optimizers(model, full)] == [torch.optim.AdamW]
 
 
-def test_the_flags_of_train():
-    with tiny_sets():
-        weights = lambda model, flags: trained(
-            model, f"--steps 2 --batch-size 64 {flags}")["model"]["decoder.0.weight"]
-        dae, ae = weights("dae", ""), weights("ae", "")
-        runs = [dae, ae, *(weights("dae", flag) for flag in (
-            "--noise masking", "--noise salt_pepper", "--noise mixed", "--noise-param 0.6",
-            "--seed 7", "--lr 0.001", "--batch-size 32"))]
-        for a, b in itertools.combinations(runs, 2):
-            assert not torch.equal(a, b)
-        assert torch.equal(dae, weights("dae", "--noise gaussian --noise-param 0.3"))
-        assert torch.equal(ae, weights("dae", "--noise-param 0"))
+def test_each_flag_changes_the_training_of_an_autoencoder():
+    def bias(model, flags):
+        return trained(model, f"--steps 2 --batch-size 64 {flags}")["model"]["decoder.0.bias"]
+
+    with without_reports():
+        dae, ae = bias("dae", ""), bias("ae", "")
+        for flag in ("--noise salt_pepper", "--noise-param 0.6", "--seed 7", "--lr 0.001",
+                     "--batch-size 32"):
+            assert not torch.equal(dae, bias("dae", flag)), flag
+        assert torch.equal(dae, bias("dae", "--noise gaussian --noise-param 0.3"))
+        assert torch.equal(ae, bias("dae", "--noise-param 0"))
+
+
+def test_the_flags_of_the_field():
+    line = "--steps 1 --batch-size 2"
+    with without_reports():
         for name in ("cosine", "linear"):
-            got = trained("nf", f"--steps 1 --batch-size 2 --beta-schedule {name}")
+            got = trained("nf", f"{line} --beta-schedule {name}")
             sched = schedule.DiffusionSchedule(1000, name)
             close(got["model"]["alphas_cumprod"], sched.alphas_cumprod, 1e-6)
             assert schedule.DiffusionSchedule(**got["schedule"]).betas.equal(sched.betas)
-        got = trained("nf", "--steps 1 --batch-size 2 --parts unet perceiver")
+        got = trained("nf", f"{line} --parts unet perceiver")
         assert got["config"]["parts"] == ["unet", "perceiver"]
         net = sample.load_checkpoint("out/nf/checkpoint.pt")[0]
         assert isinstance(net.prior, nf_denoiser.IndependentPixels) and not net.training
@@ -2913,27 +2942,28 @@ def test_the_flags_of_train():
 
 
 def test_the_closing_table_is_about_test_images():
-    with tiny_sets():
+    report = unittest.mock.Mock(return_value={"kriging": {"psnr": 21.0}})
+    leaves = data.make_leaves(8, 3)
+    with (tiny_sets(), patched(data, load_cifar10=lambda *_: leaves),
+          patched(sample, report_field=report), patched(train, report_autoencoder=report)):
         for model, name in (("nf", "cifar10"), ("dae", "mnist")):
             got = trained(model, "--steps 2 --batch-size 8 --evaluate 5")
-            results = json.loads(Path(f"out/{model}/results.json").read_text())["methods"]
-            net = sample.load_checkpoint(f"out/{model}/checkpoint.pt")[0]
-            images, sched = data.load_dataset(name, "data", False)[1], schedule.DiffusionSchedule()
+            images = data.load_dataset(name, "data", False)[1]
+            shown, = (x for x in report.call_args.args if isinstance(x, torch.Tensor))
+            assert shown.equal(images[:5])
+            results = json.loads(Path(f"out/{model}/results.json").read_text())
+            assert results["methods"] == report.return_value and results["data"] == name
+            net, _ = sample.load_checkpoint(f"out/{model}/checkpoint.pt")
             if model == "nf":
-                expected = sample.evaluate_field(net, sched, images[:5], drawing(net, sched))
-                few = sample.evaluate_field(net, sched, images[:100])
-                figures = [few[method]["psnr"] for method in ("one-step mean", "kriging")]
+                table = sample.evaluate_field(net, schedule.DiffusionSchedule(), images)
+                figures = [table[method]["psnr"] for method in ("one-step mean", "kriging")]
             else:
-                texts = ["clean", "gaussian 0.3", "salt_pepper 0.2", "masking 0.3"]
-                clean = images / 255
-                with torch.no_grad():
-                    expected, _ = autoencoder.cross_test({"gaussian 0.3": net}, texts, clean)
-                figures = [expected["trained on gaussian 0.3"]["gaussian 0.3"]]
-            equal(results, expected, 1e-5 if model == "nf" else 1e-6)
+                clean = images.flatten(1) / 255
+                noisy = noise.add_gaussian_noise(clean, 0.3, seeded())
+                figures = [F.mse_loss(net(noisy)[0], clean).item()]
             close(got["tests"][-1], [2, *figures], 1e-3 if model == "nf" else 1e-6)
-            for picture in ("loss.png", "samples.png"):
-                with Image.open(f"out/{model}/{picture}") as image:
-                    assert image.size[0] > 740 and image.getextrema() != ((255, 255),) * 3
+            with Image.open(f"out/{model}/loss.png") as image:
+                assert image.size[0] > 740 and image.getextrema() != ((255, 255),) * 3
 
 
 def edges(count, seed):
@@ -2951,36 +2981,34 @@ def test_seconds_of_training_pay():
     """Quality: what the measured covariance and a short training of a tiny U-Net must reach."""
     images, test, sched = edges(2000, 0), edges(100, 1), schedule.DiffusionSchedule()
     covariance = nf_denoiser.pixel_covariance(images)
+
     def one_step(model):
         table = sample.evaluate_field(model.eval(), sched, test)
         return [table[name]["psnr"] for name in ("one-step mean", "kriging")]
 
     gaussian, krige = one_step(tiny_field(("gaussian",), side=16, covariance=covariance))
     assert gaussian > krige + 0.6, (gaussian, krige)
-    args = types.SimpleNamespace(model="nf", size="small", lr=0.02)
     model = tiny_field(("unet",), side=16, widths=(16, 24))
     split = data.sparse_split(test, order=data.fixed_order(0, torch.arange(100), 256))
-    eps = torch.randn(split["output_values"].shape, generator=torch.Generator().manual_seed(0))
-    x_t, where = sched.q_sample(split["output_values"], 400, eps), torch.full((100,), 400)
+    x_0 = split["output_values"]
+    x_t = sched.q_sample(x_0, 400, torch.randn(x_0.shape, generator=seeded()))
+    t = torch.full((100,), 400)
 
     def figures():
         with torch.no_grad():
-            x_0 = model(x_t, split["output_coords"], where, split["input_coords"],
-                        split["input_values"])
-        mse = ((x_0 - split["output_values"]) / 2).square().mean().item()
-        return np.array([one_step(model)[0], sample.psnr(mse)])
+            x_0_hat = model(x_t, split["output_coords"], t, split["input_coords"],
+                            split["input_values"])
+        mse = ((x_0_hat - x_0) / 2).square().mean().item()
+        return np.array([one_step(model)[0], noise.psnr(mse)])
 
-    before, optimizers = figures(), train.make_optimizers(model, args)
-
-    def loss(index):
-        first, second = index.chunk(2)
-        model.train()
-        mean = nf_denoiser.nf_loss(model, sched, data.sparse_split(images[first], 0.2, None), True)
-        steps = nf_denoiser.nf_loss(model, sched, data.sparse_split(images[second]), False)
-        return (mean + steps) / 2
-
-    task = types.SimpleNamespace(model=model, batch_loss=loss, warmup=0.02)
-    args = types.SimpleNamespace(**vars(args), batch_size=8, steps=150, seed=0)
+    args = types.SimpleNamespace(
+        model="nf", size="small", lr=0.02, batch_size=8, steps=150, seed=0, masks="fresh",
+        parts=["unet"], pixels="grid", device=torch.device("cpu"))
+    task = types.SimpleNamespace(model=model, warmup=0.02, batch_loss=lambda index: (
+        train.field_loss(model, sched, images, index, args, slice(None))))
+    before = figures()
+    model.train()
+    optimizers = train.make_optimizers(model, args)
     for _ in train.training_loop(task, optimizers, images, args):
         pass
     model.eval()
@@ -2988,126 +3016,214 @@ def test_seconds_of_training_pay():
     assert (gained > 1.1).all(), gained
 
 
+def interrupted(line, number, when):
+    """Run train.py, which gets a signal as soon as when(checkpoint) is true: as run()."""
+    save = sample.save_checkpoint
+
+    def save_and_interrupt(path, checkpoint):
+        save(path, checkpoint)
+        if when(checkpoint):
+            signal.raise_signal(number)
+
+    with patched(sample, save_checkpoint=save_and_interrupt):
+        return run(train, line)
+
+
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped():
-    with tiny_sets():
-        for model, flags in (("dae", "--data mnist --batch-size 160 --noise mixed --steps 12"),
-                             ("ae", "--data mnist --batch-size 160 --steps 6"),
-                             ("nf", "--data cifar10 --batch-size 4 --steps 6 --masks fixed")):
-            line = f"--model {model} --evaluate 1 {flags} --out"
+    with without_reports():
+        for model, number, flags in (
+                ("dae", signal.SIGTERM, "--data mnist --batch-size 160 --noise mixed --steps 12"),
+                ("ae", signal.SIGINT, "--data mnist --batch-size 160 --steps 6"),
+                ("nf", signal.SIGINT, "--data cifar10 --batch-size 2 --steps 4 --masks fixed")):
+            line = f"--model {model} {flags} --out"
             works(train, f"{line} whole")
-            save = sample.save_checkpoint
-
-            def interrupt(path, checkpoint):
-                save(path, checkpoint)
-                if checkpoint["step"] == 2:
-                    signal.raise_signal(signal.SIGINT)  # Ctrl-C: one more step, then stop
-
-            with patched(sample, save_checkpoint=interrupt):
-                code, out, err = run(train, f"{line} parts")
-            assert code == 130 and "--resume" in out, err
-            assert checkpoint_of(f"parts/{model}")["step"] == 3
+            code, out, _ = interrupted(f"{line} parts", number, lambda saved: saved["step"] == 2)
+            assert code == 128 + number and "--resume" in out
+            assert checkpoint_of(f"parts/{model}")["step"] == 3  # one more step, then saved
             works(train, f"{line} parts --resume")
             equal(checkpoint_of(f"whole/{model}"), checkpoint_of(f"parts/{model}"))
-            other = ("masks", "fresh") if model == "nf" else ("data", "glyphs")
-            for flag, value in (("lr", 0.5), other):
-                refused(train, f"{line} parts --resume --{flag} {value}", flag, value)
-            works(train, f"{line} parts --resume --steps 13")
+            assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+        for flag in ("--lr 0.5", "--masks fresh", "--data leaves"):
+            with patched(data, BUILT_IN={"leaves": (data.make_leaves, 80, 2)}):
+                refused(train, f"{line} parts --resume {flag}", "was trained on cifar10", "->")
+        works(train, f"{line} parts --resume --steps 5")
         shutil.copy("parts/dae/checkpoint.pt", "parts/ae")
         refused(train, "--model ae --data mnist --resume --steps 50 --batch-size 160 --out parts",
                 "model dae -> ae")
 
 
-def start_training(flags, *before):
-    """train.py in a process of its own, on one thread; its output goes to the file log."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-    command = [sys.executable, *before, str(HERE / "train.py"), *flags.split()]
-    with open("log", "a") as log:
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment,
-                                start_new_session=True)
+def test_a_second_signal_ends_a_run_at_once():
+    def impatient(_):
+        signal.raise_signal(signal.SIGTERM)  # the first one
+        return True
+
+    with without_reports():
+        line = "--model ae --data mnist --batch-size 320 --steps 9"
+        code, out, _ = interrupted(line, signal.SIGTERM, impatient)
+        assert code == 143 and "stopped" not in out
+        assert checkpoint_of("out/ae")["step"] == 1
+
+
+def test_a_new_run_keeps_the_checkpoint_of_the_last_one():
+    line = "--model ae --data mnist --batch-size 160 --steps 2 --seed"
+    new, old = Path("out/ae/checkpoint.pt"), Path("out/ae/checkpoint-old.pt")
+
+    def interrupt(*tensors):
+        signal.raise_signal(signal.SIGINT)
+        return autoencoder.autoencoder_loss(*tensors)
+
+    with without_reports():
+        works(train, f"{line} 1")
+        first = new.read_bytes()
+        assert str(old) in works(train, f"{line} 2")
+        second = new.read_bytes()
+        assert old.read_bytes() == first != second
+        with patched(train, autoencoder_loss=interrupt):  # in step 1, before the first report
+            code, out, _ = run(train, f"{line} 3")
+        assert code == 130 and "not saved" in out
+        refused(train, f"{line} 3 --lr 1e39", "finite")
+        refused(sample, f"{new} --export ./out/../{new}", "--export")
+        assert new.read_bytes() == second and old.read_bytes() == first
+        assert {path.name for path in new.parent.iterdir()} == {
+            "checkpoint.pt", "checkpoint-old.pt", "results.json"}
+        works(train, f"{line} 2 --resume --steps 3")
+        assert old.read_bytes() == first
+
+
+def test_a_folder_is_known_by_the_pictures_in_it():
+    line = "--model dae --batch-size 8 --steps"
+    with folder() as root:
+        os.mkdir("ph")
+        for i, image in enumerate(data.make_glyphs(30, 5)[0]):
+            save_png(f"ph/{i}.png", image[0].numpy())
+        works(train, f"{line} 1 --data ph")
+        works(train, f"{line} 2 --data ./ph --resume")
+        shutil.move("ph", "there")
+        refused(sample, "out/dae/checkpoint.pt", root.resolve() / "ph", "--data")
+        works(sample, "out/dae/checkpoint.pt --data there")
+        works(train, f"{line} 3 --data {root}/there --resume")
+        with contextlib.chdir("there"):
+            assert "3 images" in works(sample, "../out/dae/checkpoint.pt --out ..")
+        shutil.copy("there/0.png", "there/new.png")
+        refused(train, f"{line} 4 --data there --resume", "images 27 with", "-> 28 with")
+
+
+def test_a_place_that_cannot_be_written_is_noticed_before_training():
+    with without_reports(), spied(train, "training_loop") as loops:
+        Path("out/ae/checkpoint.pt").mkdir(parents=True)
+        Path("file").touch()
+        Path("there").mkdir()
+        os.symlink("/proc/self", "there/ae")  # where root, too, can make no files
+        for place, named in (("out", "out/ae/checkpoint.pt is a folder"), ("file", "file/ae"),
+                             ("there", "there/ae/checkpoint.pt"), ("/proc/nowhere", "/nowhere")):
+            refused(train, f"--model ae --data mnist --out {place}", named)
+    assert not loops
+
+
+def started(line, **environment):
+    """train.py in a process of its own, on one thread: a fork, so torch need not be imported."""
+    def main():
+        os.environ.update(environment)
+        torch.set_num_threads(1)
+        if environment.get("RANK") == "1":
+            train.load_dataset = None  # only the first process reads the data
+        code, out, err = run(train, line)
+        with open("log", "a") as log:
+            log.write(out + err)
+        os._exit(code)
+
+    process = multiprocessing.get_context("fork").Process(target=main)
+    process.start()
+    return process
+
+
+def finished(*processes):
+    for process in processes:
+        process.join(200)
+        assert process.exitcode == 0, Path("log").read_text()
 
 
 def test_kill_9_at_any_moment_loses_nothing():
     """A run that saves every step is killed again and again: the file on disk always loads."""
     rng, kills = np.random.default_rng(0), 20 if LONG else 2
-    with tiny_sets():
-        flags = f"--model dae --data mnist --batch-size 320 --steps {40 * kills} --out"
-        assert start_training(f"{flags} whole").wait(200) == 0
-        path, resume, killed = Path("parts/dae/checkpoint.pt"), "", 0
-        saved_at = lambda: path.exists() and path.stat().st_mtime_ns
-        while killed < kills:
-            before = saved_at()
-            process = start_training(f"{flags} parts {resume}")
-            while process.poll() is None and saved_at() == before:
+    path, resume = Path("parts/dae/checkpoint.pt"), ""
+    flags = f"--model dae --data mnist --batch-size 320 --steps {25 * kills} --out"
+    with without_reports():
+        finished(started(f"{flags} whole"))
+        for _ in range(kills):
+            process = started(f"{flags} parts {resume}")
+            before = path.exists() and path.stat().st_mtime_ns
+            while process.is_alive() and (path.exists() and path.stat().st_mtime_ns) == before:
                 time.sleep(0.005)  # until this process has saved something
             time.sleep(rng.uniform(0, 0.15))
             process.kill()
-            code = process.wait()
-            assert code in (0, -signal.SIGKILL), Path("log").read_text()
-            if code == 0:
-                break  # it was done before the signal
-            killed, resume = killed + 1, "--resume"
-            assert sample.load_checkpoint(path)[1]["step"] >= 1
-        assert killed >= min(kills, 2)
-        if checkpoint_of("parts/dae")["step"] < 40 * kills:
-            again = start_training(f"{flags} parts --resume")
-            assert again.wait(200) == 0, Path("log").read_text()
+            process.join()
+            assert process.exitcode == -signal.SIGKILL, Path("log").read_text()
+            assert 1 <= sample.load_checkpoint(path)[1]["step"] < 25 * kills
+            resume = "--resume"
+        finished(started(f"{flags} parts --resume"))
         equal(checkpoint_of("whole/dae"), checkpoint_of("parts/dae"))
         assert not list(Path("parts").rglob("*.part"))
 
 
+def start_two(line):
+    """train.py in two processes, with the environment that torchrun would give them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    place = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    return [started(line, RANK=rank, LOCAL_RANK=rank, **place) for rank in ("0", "1")]
+
+
 def test_two_processes_train_as_one():
-    torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"
-    with tiny_sets():
-        flags = "--model nf --data cifar10 --batch-size 4 --evaluate 1 --out"
-        for name, before in (("one", ()), ("two", torchrun)):
-            process = start_training(f"{flags} {name} --steps 1", *before)
-            assert process.wait(200) == 0, Path("log").read_text()
-        said = Path("log").read_text()
-        assert said.count("trained in") == said.count("one-step mean") == 2, said  # rank 0 alone
-        one, two = (checkpoint_of(f"{name}/nf")["optimizers"] for name in ("one", "two"))
-        assert sum(len(optimizer["state"]) for optimizer in one) > 40
+    flags = "--model nf --data cifar10 --batch-size 4 --evaluate 1 --steps 1 --out"
+    no_dropout = unittest.mock.patch.dict(TINY, dropout=0.0)
+    with without_reports(), no_dropout:
+        finished(started(f"{flags} one"))
+        finished(*start_two(f"{flags} two"))
+        assert Path("log").read_text().count("trained in") == 2  # the second one prints nothing
+        one, two = checkpoint_of("one/nf"), checkpoint_of("two/nf")
+        assert sum(len(optimizer["state"]) for optimizer in one["optimizers"]) > 20
         # after one step momentum is the gradient, and exp_avg a tenth of it
-        torch.testing.assert_close(one, two, rtol=0, atol=2e-5)
-        # what one process began two go on with; killing one of them ends the job, not with 0
-        process = start_training(f"{flags} one --steps 100 --resume", *torchrun)
-        while checkpoint_of("one/nf")["step"] == 1 and process.poll() is None:
-            time.sleep(0.1)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        os.kill(int(children[-1]), signal.SIGKILL)
-        assert process.wait(100) != 0
-        assert sample.load_checkpoint("one/nf/checkpoint.pt")[1]["step"] >= 2
+        torch.testing.assert_close(one["optimizers"], two["optimizers"], rtol=0, atol=2e-5)
+        close(one["losses"], two["losses"], 1e-6)  # the mean over processes
+        finished(*start_two(f"{flags} one --steps 2 --resume"))
+        assert checkpoint_of("one/nf")["step"] == 2
         with patched(os, environ={**os.environ, "WORLD_SIZE": "3", "RANK": "0"}):
             refused(train, f"{flags} one --steps 1", "multiple of 6")
 
 
-def test_two_processes_corrupt_as_one():
-    torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"
+def test_torchrun_trains_as_one_process():
     flags = "--model dae --data mnist --noise mixed --batch-size 8 --steps 1 --out"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                "--nproc_per_node=2", HERE / "train.py", *flags.split(), "two"]
     with tiny_sets():
         works(train, f"{flags} one")
-        process = start_training(f"{flags} two", *torchrun)
-        assert process.wait(200) == 0, Path("log").read_text()
-        one, two = (checkpoint_of(f"{name}/dae")["optimizers"] for name in ("one", "two"))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(torchrun, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0 and done.stdout.count("trained in") == 1, done
+        one, two = checkpoint_of("one/dae"), checkpoint_of("two/dae")
         # after one step exp_avg is a tenth of the gradient
-        torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
+        torch.testing.assert_close(one["optimizers"], two["optimizers"], rtol=0, atol=1e-6)
+        close(one["losses"], two["losses"], 1e-6)
 
 
 def test_a_full_disk_or_a_loss_that_is_not_finite_spares_the_checkpoint():
     import resource
-    with tiny_sets():
-        line = "--model dae --data mnist --batch-size 64 --steps"
+    line, path = "--model dae --data mnist --batch-size 64 --steps", Path("out/dae/checkpoint.pt")
+    nan = {**noise.NOISES, "gaussian": (lambda x, *_: x * math.nan, 0.3)}
+    with without_reports():
         works(train, f"{line} 2")
-        path = Path("out/dae/checkpoint.pt")
         before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
         try:
             refused(train, f"{line} 4 --resume")
+            refused(train, f"{line} 4")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert path.read_bytes() == before
-        assert [p.name for p in path.parent.glob("checkpoint*")] == ["checkpoint.pt"]
-        refused(train, f"{line} 4 --out /proc/nowhere")
-        with patched(train, NOISES={**noise.NOISES, "gaussian": (lambda x, *_: x * math.nan, 0.3)}):
+        assert not list(path.parent.glob("*.part"))
+        with patched(train, NOISES=nan):
             refused(train, f"{line} 4 --resume", "finite")
         assert path.read_bytes() == before
         refused(train, f"{line} 1 --lr 1e39 --out wild", "finite")  # only the weights
@@ -3385,14 +3501,16 @@ def test_an_autoencoders_checkpoint_is_measured_by_its_own_report():
         sample.save_checkpoint(Path("m.pt"), dict(
             kind="dae", config=dict(input_dim=784, latent_dim=64), schedule={}, data="mnist",
             settings=dict(noise="gaussian 0.3"), step=1, model=model.state_dict()))
-        got, out = figures_of("--out there")
+        got, out = figures_of("--out there")  # --evaluate 2
         images = data.load_mnist("data", False)[0]
-        expected, _ = quiet(autoencoder.report_autoencoder, model, images, Path("a"),
+        expected, _ = quiet(autoencoder.report_autoencoder, model, images[:2], Path("a"),
                             "gaussian 0.3")
         equal(got, expected, 1e-6)
-        assert Path("there/dae/samples.png").exists() and "64 images" in out
+        assert Path("there/dae/samples.png").exists() and "2 images" in out
+        assert "64 images" in works(sample, "m.pt")
         for flags in ("--steps 2", "--full", "--gif", "--scale 2", "--samples 2", "--eta 1",
-                      "--sampler ddpm", "--pixels grid", "--image a.png"):
+                      "--sampler ddpm", "--pixels grid", "--image a.png", "--seed 1",
+                      "--input-ratio 0.5"):
             refused(sample, f"m.pt {flags}", "m.pt is an autoencoder")
 
 
@@ -3763,7 +3881,8 @@ def test_bad_input_gets_one_line_and_an_exit_code():
                           "--image x.png --gif", "--image x.png --size 32 --mask x.png",
                           "--image x.png --steps 5", "--image x.png --pixels grid",
                           "--image x.png --mask x.png --full", "--sampler odd", "--pixels odd",
-                          "--image x.png --input-ratio 1.5", "--size 65", "--eta -1")),
+                          "--image x.png --input-ratio 1.5", "--size 65", "--eta -1",
+                          "--image x.png --evaluate", "--image x.png --data mnist")),
                 (autoencoder, ("--seeds 0", "--epochs 0", "--exercise nope")),
                 (noise, ("--nope",)), (data, ("--seed x",))):
             for line in lines:

@@ -16,74 +16,50 @@ All three compare a prediction with the CLEAN image:
 
 Each step seeds its random numbers with a function of --seed and its number, so a resumed run
 repeats an uninterrupted one, on a CPU bit for bit. Below out/MODEL it writes checkpoint.pt,
-loss.png, samples.png and results.json.
+loss.png, samples.png and results.json. An older checkpoint.pt becomes checkpoint-old.pt.
 """
-import os
-
-os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # before torch is imported
 import argparse
 import math
+import os
+import shutil
 import signal
 import sys
 import threading
 import time
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
+import sample  # before torch: it lets the CPU do what a Mac's GPU cannot
 import torch
 from PIL import Image
 from torch import nn
 
-import sample
-from autoencoder import (DenoisingAutoencoder, autoencoder_loss, leave_clean, report_autoencoder)
-from data import fixed_order, line_chart, load_dataset, off_grid_split, run, sparse_split
+from autoencoder import DenoisingAutoencoder, autoencoder_loss, leave_clean, report_autoencoder
+from data import (BUILT_IN, fixed_order, line_chart, load_dataset, off_grid_split, run,
+                  save_pictures, sparse_split)
 from nf_denoiser import PARTS, SIZES, NFDenoiser, nf_loss, pixel_covariance
 from noise import NOISES, add_mixed_noise
 from schedule import DiffusionSchedule
 
 
-def nf_task(args, images, test_images, rows):
-    """The neural field: its model, the loss of a batch, and a figure to watch.
+def field_loss(model, schedule, images, index, args, rows):
+    """The loss of a batch: the images `index` of images uint8 (N, C, H, W).
 
-    images, test_images: uint8 (N, C, H, W). rows: this process's share of a batch.
+    Half of the batch trains the one-step mean, half the steps of a sampler. A U-Net computes all
+    pixels anyway, so the first half may ask it for all that are missing; attention takes longer
+    the more are asked. rows: this process's share of each half.
     """
-    channels, side = images.shape[1:3]
-    schedule = DiffusionSchedule(beta_schedule=args.beta_schedule)
-    config = dict(SIZES[args.size], parts=args.parts, channels=channels, side=side)
-    if args.num_latents:
-        config["num_latents"] = args.num_latents
-    model = NFDenoiser(schedule.alphas_cumprod, covariance=pixel_covariance(images), **config)
-    model, schedule = model.to(args.device), schedule.to(args.device)
-
-    def batch_loss(index):
-        # Half of the batch trains the one-step mean, half the steps of a sampler. A U-Net computes
-        # all pixels anyway, so the first half may ask it for all that are missing; attention takes
-        # longer the more are asked.
-        mean_half, sampling_half = index.chunk(2)
-        output_ratio = 0.2
-        if "unet" in args.parts:
-            output_ratio = 0.6 if "perceiver" in args.parts else None
+    mean_half, sampling_half = index.chunk(2)
+    output_ratio = 0.2
+    if "unet" in args.parts:
+        output_ratio = 0.6 if "perceiver" in args.parts else None
+    with mixed_precision(args.device):
         split = draw_split(images, mean_half, output_ratio, args)
-        with mixed_precision(args.device):
-            loss = nf_loss(model, schedule, split, pure_noise=True, rows=rows)
+        mean = nf_loss(model, schedule, split, pure_noise=True, rows=rows)
         split = draw_split(images, sampling_half, 0.2, args)
-        with mixed_precision(args.device):
-            return (loss + nf_loss(model, schedule, split, pure_noise=False, rows=rows)) / 2
-
-    def measure():
-        """One-step PSNR of the model and of kriging on a few test images."""
-        figures = sample.evaluate_field(model.eval(), schedule, test_images[:100],
-                                        pixels=args.pixels)
-        model.train()
-        return [figures["one-step mean"]["psnr"], figures["kriging"]["psnr"]]
-
-    def report(folder):
-        return sample.report_field(model.eval(), schedule, test_images[:args.evaluate], folder,
-                                   args.data, pixels=args.pixels)
-
-    return SimpleNamespace(model=model, config=config, batch_loss=batch_loss, measure=measure,
-                           report=report, metric="one-step PSNR", warmup=0.02,
-                           every=min(500, max(1, args.steps // 8)))
+        steps = nf_loss(model, schedule, split, pure_noise=False, rows=rows)
+    return (mean + steps) / 2
 
 
 class Muon(torch.optim.Optimizer):
@@ -91,10 +67,8 @@ class Muon(torch.optim.Optimizer):
 
     A gradient's largest singular values belong to a few directions that many examples share; a
     step along it hardly moves all others. The nearest orthogonal matrix has the same directions,
-    all with singular value 1, so each gets its turn. A Newton-Schulz iteration comes near to it
-    with matrix products alone: an odd polynomial of a matrix acts on its singular values, and five
+    all with singular value 1. An odd polynomial of a matrix acts on its singular values: five
     times s -> 3.4445 s - 4.7750 s^3 + 2.0315 s^5 brings any s in (0, 1] to about 1.
-
     For weights with two or more dimensions, a convolution kernel as (out, in * 9).
     """
 
@@ -117,13 +91,6 @@ class Muon(torch.optim.Optimizer):
                 p.add_(x.view_as(p), alpha=-group["lr"] * scale)
 
 
-def learning_rate(step, steps, warmup):
-    """The share of the peak learning rate: a linear warm-up over the share `warmup` of the steps,
-    times a half-cosine decay to 0. Loshchilov & Hutter (2017), eq. 5."""
-    rise = min(1.0, (step + 1) / max(1, warmup * steps))
-    return rise * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
 def training_loop(task, optimizers, images, args, world=1, first=0):
     """Train: yields (steps done, loss) after each step from `first`.
 
@@ -141,10 +108,14 @@ def training_loop(task, optimizers, images, args, world=1, first=0):
         loss = task.batch_loss(order[place * size:(place + 1) * size])
         model.zero_grad()
         loss.backward()
-        if world > 1:
-            average_gradients(model, world)
+        if world > 1:  # of equal shares of a batch, means are the figures of the batch
+            for x in (loss.detach(), *(p.grad for p in model.parameters())):
+                torch.distributed.all_reduce(x)
+                x /= world
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        rate = learning_rate(step, args.steps, task.warmup)
+        # A linear warm-up, times a half-cosine decay to 0. Loshchilov & Hutter (2017), eq. 5
+        rate = min(1.0, (step + 1) / max(1, task.warmup * args.steps))
+        rate *= 0.5 * (1 + math.cos(math.pi * step / args.steps))
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = optimizer.defaults["lr"] * rate
@@ -152,14 +123,36 @@ def training_loop(task, optimizers, images, args, world=1, first=0):
         yield step + 1, loss.detach()
 
 
-def average_gradients(model, world):
-    """The mean over all processes: of equal shares of a batch, it is the gradient of the batch."""
-    for p in model.parameters():
-        torch.distributed.all_reduce(p.grad)
-        p.grad /= world
+# ======================= below: models, optimizers, the run with its checkpoints, command line
+def nf_task(args, images, test_images, rows):
+    """The field's model, losses and figures. images, test_images: uint8 (N, C, H, W)."""
+    channels, side = images.shape[1:3]
+    schedule = DiffusionSchedule(beta_schedule=args.beta_schedule)
+    config = dict(SIZES[args.size], parts=args.parts, channels=channels, side=side)
+    if args.num_latents:
+        config["num_latents"] = args.num_latents
+    model = NFDenoiser(schedule.alphas_cumprod, covariance=pixel_covariance(images), **config)
+    model, schedule = model.to(args.device), schedule.to(args.device)
+
+    def batch_loss(index):
+        return field_loss(model, schedule, images, index, args, rows)
+
+    def measure():
+        """One-step PSNR of the model and of kriging on a few test images."""
+        figures = sample.evaluate_field(model.eval(), schedule, test_images[:100],
+                                        pixels=args.pixels)
+        model.train()
+        return [figures["one-step mean"]["psnr"], figures["kriging"]["psnr"]]
+
+    def report(folder):
+        return sample.report_field(model.eval(), schedule, test_images[:args.evaluate or 200],
+                                   folder, args.data, pixels=args.pixels)
+
+    return SimpleNamespace(model=model, config=config, batch_loss=batch_loss, measure=measure,
+                           report=report, metric="one-step PSNR", warmup=0.02,
+                           every=min(500, max(1, args.steps // 8)))
 
 
-# ================ below: the autoencoders, optimizers, the run with its checkpoints, command line
 def autoencoder_task(args, images, test_images, rows):
     """The autoencoders, as nf_task. Raises ValueError for images that they cannot take."""
     if images.shape[1:] != (1, 28, 28):
@@ -183,7 +176,7 @@ def autoencoder_task(args, images, test_images, rows):
         return [autoencoder_loss(model, test, noisy).item()]
 
     def report(folder):
-        return report_autoencoder(model, test_images, folder, args.noise)
+        return report_autoencoder(model, test_images[:args.evaluate], folder, args.noise)
 
     return SimpleNamespace(model=model, config=config, batch_loss=batch_loss, measure=measure,
                            report=report, metric="test MSE", warmup=0.1,
@@ -234,69 +227,89 @@ def make_optimizers(model, args):
 def train(task, optimizers, images, args, path, rank, world):
     """Run the loop; test, save and print now and then. Returns (losses, tests).
 
-    Ctrl-C ends it after a whole step, saved; a second one at once. Raises ValueError, and saves
-    nothing, if the loss or a weight is not finite.
+    Ctrl-C and SIGTERM end it after a whole step, saved; a second one at once. Raises ValueError,
+    and saves nothing, if the loss or a weight is not finite.
     """
     losses = torch.zeros(args.steps, device=args.device)
     settings = {key: value for key, value in vars(args).items() if key not in FREE}
-    first, tests = 0, []
+    first, tests, ours = 0, [], args.resume  # ours: what is at path is of this run
+    old = path.with_name("checkpoint-old.pt")
     if args.resume:
         first, tests = resume(path, settings, task.model, optimizers, losses)
     elif path.exists():
-        print(f"notice: {path} will be replaced; --resume would go on from it")
-    path.parent.mkdir(parents=True, exist_ok=True)
+        print(f"notice: {path} will become {old}; --resume would go on from it")
 
     def save(step):
-        if rank == 0:
-            sample.save_checkpoint(path, dict(
-                kind=args.model, config=task.config, data=args.data, step=step, settings=settings,
-                schedule=dict(beta_schedule=args.beta_schedule), model=task.model.state_dict(),
-                optimizers=[optimizer.state_dict() for optimizer in optimizers],
-                losses=losses[:step].cpu(), tests=tests))
+        nonlocal ours
+        if not ours and path.exists():
+            shutil.copyfile(path, old)
+        ours = True
+        sample.save_checkpoint(path, dict(
+            kind=args.model, config=task.config, data=args.data, step=step, settings=settings,
+            schedule=dict(beta_schedule=args.beta_schedule), model=task.model.state_dict(),
+            optimizers=[optimizer.state_dict() for optimizer in optimizers],
+            losses=losses[:step].cpu(), tests=tests))
 
-    stop = []
-    watch_for_ctrl_c(stop, world)
+    signals = []
+    watch_for_signals(signals, world)
     step, start = first, time.perf_counter()
-    for step, loss in training_loop(task, optimizers, images, args, world, first):
-        losses[step - 1] = loss
-        rate = (step - first) / (time.perf_counter() - start)
-        line = (f"step {step:,} of {args.steps:,}  {rate * args.batch_size:,.0f} images/s  "
-                f"{(args.steps - step) / rate:.0f} s left")
-        stopping = bool(stop)
-        if step % task.every == 0 or step == args.steps:
-            tests.append([step, *task.measure()])
-            line += f"  {task.metric} {tests[-1][1]:.4g}"
-        elif not stopping:
-            if sys.stdout.isatty():
+    try:
+        for step, loss in training_loop(task, optimizers, images, args, world, first):
+            losses[step - 1] = loss
+            rate = (step - first) / (time.perf_counter() - start)
+            line = (f"step {step:,} of {args.steps:,}  {rate * args.batch_size:,.0f} images/s  "
+                    f"{(args.steps - step) / rate:.0f} s left")
+            stopping, reporting = bool(signals), step % task.every == 0 or step == args.steps
+            if reporting:
+                tests.append([step, *task.measure()])
+                line += f"  {task.metric} {tests[-1][1]:.4g}"
+            if reporting or (stopping and tests):
+                recent = losses[max(0, step - 100):step].mean()  # reading it makes a GPU wait
+                check_finite(task.model, recent, step, path)
+                if rank == 0:
+                    save(step)
+                print(f"{line}  loss {recent:.5f}", flush=True)
+            elif sys.stdout.isatty():
                 print(line, end="\x1b[K\r")  # clears the rest of the line
-            continue
-        recent = losses[max(0, step - 100):step].mean()  # reading it makes a GPU wait
-        check_finite(task.model, recent, step, path)
-        save(step)
-        print(f"{line}  loss {recent:.5f}", flush=True)
-        if stopping:
-            break
-    watch_for_ctrl_c(None, world)
+            if stopping:
+                break
+    finally:
+        watch_for_signals(None, world)
     if step < args.steps:
-        print(f"stopped and saved: {path}. To go on, give the same command with --resume")
-        sys.exit(130)
-    if not optimizers:
+        saved = f"saved: {path}. To go on, give the same command with --resume"
+        print("stopped and", saved if tests else "not saved: there was no report yet")
+        sys.exit(128 + signals[0])
+    if not optimizers and rank == 0:
         save(0)
     print(f"trained in {time.perf_counter() - start:.0f} s; checkpoint: {path}")
     return losses, tests
 
 
-def watch_for_ctrl_c(stop, world):
-    """Ctrl-C appends to the list `stop`, a second one exits; None restores Python's own handler.
+def watch_for_signals(signals, world):
+    """Ctrl-C and SIGTERM are appended to the list, a second one exits; None: as Python has it.
 
     Only the main thread may set signals, and torchrun sends its own to several processes.
     """
     if world > 1 or threading.current_thread() is not threading.main_thread():
         return
-    if stop is None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    else:
-        signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append(True))
+
+    def note(number, frame):
+        if signals:
+            sys.exit(128 + number)
+        signals.append(number)
+
+    signal.signal(signal.SIGINT, signal.default_int_handler if signals is None else note)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL if signals is None else note)
+
+
+def check_place(path):
+    """Raises ValueError or OSError, naming it, if a checkpoint cannot be written to this path."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: rename it, or use another --out")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")  # as in save_checkpoint
+    temporary.touch()
+    temporary.unlink()
 
 
 def check_finite(model, loss, step, path):
@@ -307,19 +320,15 @@ def check_finite(model, loss, step, path):
 
 def resume(path, settings, model, optimizers, losses):
     """Load a checkpoint into model, optimizers and losses; returns (its step, its tests)."""
-    if not path.exists():
-        raise ValueError(f"nothing to resume: there is no {path}")
     _, checkpoint = sample.load_checkpoint(path)
     if "optimizers" not in checkpoint:
         raise ValueError(f"{path} was exported for sampling and cannot be resumed")
     old, step = checkpoint["settings"], checkpoint["step"]
-    changed = []
-    for key, value in settings.items():
-        if old.get(key) != value:
-            changed.append(f"{key} {old.get(key)} -> {value}")
+    changed = [f"{key} {old.get(key)} -> {value}" for key, value in settings.items()
+               if old.get(key) != value]
     if changed:
-        raise ValueError(f"{path} was trained with other settings ({', '.join(changed)}): use "
-                         f"those, or another --out")
+        raise ValueError(f"{path} was trained on {checkpoint['data']} and with other settings "
+                         f"({', '.join(changed)}): use those, or another --out")
     if step >= len(losses):
         raise ValueError(f"{path} has already done {step:,} steps: --steps must be more")
     model.load_state_dict(checkpoint["model"])
@@ -339,10 +348,9 @@ def corruption(text):
     if text == "mixed":
         return add_mixed_noise
     name, strength = text.split()
-    add_noise = NOISES[name][0]
 
     def corrupt(images, generator=None):
-        return add_noise(images, float(strength), generator)
+        return NOISES[name][0](images, float(strength), generator)
     return corrupt
 
 
@@ -358,8 +366,7 @@ def draw_losses(folder, losses, tests, metric, title):
     picture = Image.new("RGB", (920, 320))
     picture.paste(line_chart(title, {"training loss": smooth}))
     picture.paste(line_chart(f"{metric} on test images", curves), (460, 0))
-    picture.save(folder / "loss.png")
-    print(f"picture: {folder / 'loss.png'}")
+    save_pictures(folder, {"loss.png": picture})
 
 
 RECIPES = {  # --lr is Muon's (AdamW gets 0.15 of it); full and the autoencoders use AdamW alone
@@ -370,8 +377,9 @@ RECIPES = {  # --lr is Muon's (AdamW gets 0.15 of it); full and the autoencoders
 }
 ONLY_FOR = dict(size="nf", parts="nf", num_latents="nf", pixels="nf", masks="nf",
                 beta_schedule="nf", noise="dae")
-# the flags that a resumed run may change; the value of noise_param is part of noise
-FREE = {"steps", "epochs", "device", "resume", "evaluate", "out", "data_dir", "noise_param"}
+# the flags that a resumed run may change; noise_param is part of noise, data compared as images
+FREE = {"steps", "epochs", "device", "resume", "evaluate", "out", "data", "data_dir",
+        "noise_param"}
 
 
 def parse_arguments(argv):
@@ -400,7 +408,7 @@ def parse_arguments(argv):
     add("--seed", type=sample.between(0, 2**31 - 1), default=42)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--resume", action="store_true", help="continue from the checkpoint below --out")
-    add("--evaluate", type=count, default=200, help="nf only: images in the closing table")
+    add("--evaluate", type=count, help="test images in the closing table (nf: 200, others: all)")
     args = parser.parse_args(argv)
     args.parts = [part for part in PARTS if part in args.parts]
     for flag, model in ONLY_FOR.items():
@@ -442,19 +450,27 @@ def start_processes(args):
     return rank, world
 
 
-def load_images(args, world):
+def load_images(args, rank, world):
     """Training and test images, uint8 (N, C, H, W). Sets args.data to the set that was loaded.
 
-    The first process of a machine fetches the data, the others wait and find it there.
+    The first process sends them to all others. args.images, a checksum, is what a resumed run
+    compares: a folder may have been moved, or have got new pictures.
     """
-    waits = world > 1 and int(os.environ.get("LOCAL_RANK", 0)) > 0
-    if waits:
-        torch.distributed.barrier()
-    real = "cifar10" if args.model == "nf" else "mnist"
-    args.data, images, _ = load_dataset(args.data, args.data_dir, train=True, real=real)
-    _, test_images, _ = load_dataset(args.data, args.data_dir, train=False, real=real)
-    if world > 1 and not waits:
-        torch.distributed.barrier()
+    loaded = [None, None, None]
+    if rank == 0:
+        real = "cifar10" if args.model == "nf" else "mnist"
+        name, images, _ = load_dataset(args.data, args.data_dir, train=True, real=real)
+        _, test_images, _ = load_dataset(name, args.data_dir, train=False, real=real)
+        if name not in ("cifar10", "mnist", *BUILT_IN):
+            name = str(Path(name).resolve())  # found again from any directory
+        loaded = [name, images, test_images]
+    if world > 1:
+        torch.distributed.broadcast_object_list(loaded)
+    args.data, images, test_images = loaded
+    checksum = 0
+    for part in (images, test_images):
+        checksum = zlib.crc32(part.contiguous().numpy(), checksum)
+    args.images = f"{len(images):,} with checksum {checksum:08x}"
     if args.batch_size > len(images):
         raise ValueError(f"--batch-size {args.batch_size} is more than {len(images):,} images")
     return images.to(args.device), test_images.to(args.device)
@@ -468,7 +484,10 @@ def main(argv=None):
     args.device = sample.pick_device(args.device)
     apply_recipe(args)
     rank, world = start_processes(args)
-    images, test_images = load_images(args, world)
+    path = args.out / args.model / "checkpoint.pt"
+    if rank == 0:
+        check_place(path)
+    images, test_images = load_images(args, rank, world)
     if args.steps is None:
         args.steps = args.epochs * (len(images) // args.batch_size)
 
@@ -476,24 +495,22 @@ def main(argv=None):
     make_task = nf_task if args.model == "nf" else autoencoder_task
     task = make_task(args, images, test_images, rows=slice(rank, None, world))
     optimizers = make_optimizers(task.model, args)
-    if not optimizers:  # --parts gaussian is linear algebra: it has no weights
-        if args.resume:
-            raise ValueError("--parts gaussian has no weights: there is nothing to resume")
-        args.steps = 0
+    if not optimizers:
+        args.steps = 0  # --parts gaussian is linear algebra: it has no weights
     print(f"{args.model}: {sum(p.numel() for p in task.model.parameters()):,} parameters | "
           f"{args.data}: {len(images):,} images | {args.device}, processes: {world}, threads: "
           f"{torch.get_num_threads()}, torch {torch.__version__}")
     print(f"batches of {args.batch_size}, {args.steps:,} steps, learning rate {args.lr:g}")
 
-    folder = args.out / args.model
-    losses, tests = train(task, optimizers, images, args, folder / "checkpoint.pt", rank, world)
+    losses, tests = train(task, optimizers, images, args, path, rank, world)
     if world > 1:
         torch.distributed.destroy_process_group()
     if rank == 0:
         if tests:
-            draw_losses(folder, losses, tests, task.metric, f"{args.model} on {args.data}")
-        figures = task.report(folder)
-        sample.write_json(folder / "results.json", folder / "checkpoint.pt", args.data, figures)
+            title = f"{args.model} on {Path(args.data).name}"
+            draw_losses(path.parent, losses, tests, task.metric, title)
+        figures = task.report(path.parent)
+        sample.write_json(path.with_name("results.json"), path, args.data, figures)
 
 
 if __name__ == "__main__":
