@@ -16,8 +16,10 @@ import gzip
 import hashlib
 import itertools
 import math
+import os
 import sys
 import tarfile
+import tempfile
 import urllib.request
 import zlib
 from pathlib import Path
@@ -25,8 +27,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
 
+Image.MAX_IMAGE_PIXELS = None  # open_picture has its own limit
 
 def load_cifar10(root, train):
     """CIFAR-10, binary version, from root/cifar-10-batches-bin; downloaded if it is not there.
@@ -360,11 +363,12 @@ def load_folder(folder, train, channels, side):
         name = path.relative_to(folder).as_posix()
         return zlib.crc32(name.encode(errors="surrogateescape"))
 
-    paths = [path for path in Path(folder).rglob("*") if path.is_file()]
     pictures, subfolders = [], []
+    paths = files_below(folder)
     for path in sorted(sorted(paths), key=hash_of_name):
         with contextlib.suppress(ValueError):
-            pictures.append(square_picture(open_picture(path), channels, side))
+            picture = open_picture(path, 2 * side)
+            pictures.append(square_picture(picture, channels, side))
             subfolders.append(path.relative_to(folder).parent.parts[:1])
     count = len(pictures)
     if count < len(paths):
@@ -378,25 +382,79 @@ def load_folder(folder, train, channels, side):
     return torch.stack(pictures[part]), labels[part]
 
 
-def open_picture(path):
-    """A Pillow image, upright. Raises ValueError for a file that is no picture, damaged or huge."""
+def files_below(folder):
+    """The paths of all files below a folder; links are followed, to each folder once."""
+    paths, seen = [], set()
+    for place, subfolders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:  # links may lead in circles
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders.sort()
+        paths += [Path(place, name) for name in names]
+    return [path for path in paths if path.is_file()]
+
+
+def open_picture(path, least_side=None):
+    """A Pillow image, RGBA and upright; its info holds what a result should keep of the file.
+
+    least_side: JPEG files are reduced while they are read, but not below it; no notices. Raises
+    ValueError for a file that is no picture, damaged or huge, and if it is unknown what white is.
+    """
     try:
         with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-        if image.mode == "F":
-            raise ValueError("its pixels are floating-point numbers")
-        if image.mode.startswith("I"):  # 16 bits a pixel: Pillow would clip them at 255
-            image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-        return image
+            if math.prod(file.size) > 300_000_000:
+                raise ValueError("it has more than 300 megapixels: reduce it first")
+            deep = ";16" in f"{file.mode} {file.tile}" or (file.format, file.mode) == ("PPM", "I")
+            frames = getattr(file, "n_frames", 1)
+            if least_side:
+                file.draft(None, (least_side, least_side))
+            ImageOps.exif_transpose(file, in_place=True)
+            picture = to_rgba(file, deep)
     except Exception as problem:  # Pillow's readers of damaged files raise all kinds of things
         reason = str(problem) or type(problem).__name__
         raise ValueError(f"cannot use {path} as a picture: {reason}") from None
+    if deep and not least_side:
+        _, brightest = picture.convert("L").getextrema()
+        print(f"notice: {path}: 16 bits become 8, of which the brightest is {brightest} of 255")
+    if frames > 1 and file.format != "MPO" and not least_side:  # MPO: previews of one photograph
+        print(f"notice: {path} has {frames} frames or pages: the first one is taken")
+    return picture
+
+
+def to_rgba(file, deep):
+    """A Pillow image of mode RGBA; its info has the keywords icc_profile and dpi for save."""
+    declared = file.info.get("transparency")
+    if deep and isinstance(declared, tuple):  # 16 bits a channel: Pillow keeps the upper 8
+        file.info["transparency"] = tuple(level // 256 for level in declared)
+    picture = file
+    if deep and Image.getmodebase(file.mode) == "L":  # Pillow would clip them at 255
+        bits = getattr(file, "tag_v2", {}).get(258, [16])[0]  # TIFF's BitsPerSample, 12 or 16
+        levels = np.asarray(file)
+        # rounded up: what is not black stays so, the ones of a mask too
+        grey = np.ceil(levels * (255 / (2**bits - 1))).astype(np.uint8)
+        alpha = np.uint8(255) * (levels != declared)
+        picture = Image.fromarray(np.dstack([grey, alpha]), "LA")
+    elif file.mode in ("I", "F"):
+        raise ValueError("it does not say which number is white: save it with 8 or 16 bits")
+    picture = picture.convert("RGBA")
+    picture.info = {}
+    space = b"GRAY" if Image.getmodebase(file.mode) == "L" else b"RGB "
+    profile = file.info.get("icc_profile") or b""
+    if profile[16:20] == space:  # not that of CMYK, which is RGB now
+        picture.info["icc_profile"] = profile
+    dpi = [float(number) for number in file.info.get("dpi", [0])]
+    if 1 < min(dpi) and max(dpi) < 1e5:  # 1 is what TIFF files without a resolution have
+        picture.info["dpi"] = tuple(dpi)
+    return picture
 
 
 def square_picture(picture, channels, side):
-    """The middle square of a Pillow image, resized: uint8 (channels, side, side)."""
-    picture = picture.convert(MODES[channels])
-    return to_tensor(ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS))
+    """The middle square of an RGBA image, over white, resized: uint8 (channels, side, side)."""
+    small = ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS)
+    white = Image.new("RGBA", small.size, "white")
+    return to_tensor(Image.alpha_composite(white, small).convert(MODES[channels]))
 
 
 def to_tensor(picture):
@@ -406,44 +464,63 @@ def to_tensor(picture):
 
 
 def load_picture(path, channels, mask=None, input_ratio=0.2, seed=0):
-    """A picture with missing pixels: (image uint8 (C, H, W), input_mask bool (H, W), has_truth).
+    """A picture with missing pixels: (image uint8 (C, H, W), input_mask bool (H, W), has_truth,
+    info), where info holds keywords for Pillow's save: icc_profile and dpi of the file.
 
-    Missing pixels: transparent ones (alpha below 128), and where the picture `mask` is white (128
-    or more); of a complete picture (has_truth) all but input_ratio, drawn with `seed`.
-    Pictures of more than 1,024 pixels a side are reduced, with a notice. Raises ValueError for
-    files that cannot be used and if nothing is missing.
+    Missing pixels: transparent ones (alpha below 128), and those that the picture `mask` marks;
+    of a complete picture (has_truth) all but input_ratio, drawn with `seed`. Raises ValueError
+    for files that cannot be used and for a mask that marks nothing.
     """
-    picture = open_picture(path).convert("RGBA")
+    picture = open_picture(path)
     if mask:
-        white = open_picture(mask).convert("L").point(lambda level: 255 * (level >= 128))
-        if white.size != picture.size:
-            raise ValueError(f"{mask} has the size {white.size} and {path} {picture.size}: they "
+        marked = read_mask(mask)
+        if marked.size != picture.size:
+            raise ValueError(f"{mask} has the size {marked.size} and {path} {picture.size}: they "
                              f"must have the same size")
-        picture.paste((0, 0, 0, 0), mask=white)
-    lowest_alpha, _ = picture.getextrema()[3]
-    has_truth = lowest_alpha >= 128 and not mask
-    if max(picture.size) > 1024:
-        print(f"notice: {path} is reduced to 1024 pixels on its longest side")
-        # next to missing pixels an average would be wrong: take the nearest pixel
-        how = Image.Resampling.LANCZOS if has_truth else Image.Resampling.NEAREST
-        picture.thumbnail((1024, 1024), how)
-    input_mask = torch.from_numpy(np.array(picture)[:, :, 3] >= 128)
+        picture.paste((0, 0, 0, 0), mask=marked)
+    input_mask = to_tensor(picture.getchannel("A"))[0] >= 128
+    has_truth = bool(input_mask.all())  # a mask marks a pixel at least
     if has_truth:
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(input_mask.numel(), generator=generator)
         input_mask = (order < int(input_ratio * len(order))).view_as(input_mask)
-    if input_mask.all():
-        raise ValueError(f"{path}: no pixel is missing, there is nothing to restore")
-    return to_tensor(picture.convert(MODES[channels])), input_mask, has_truth
+    return to_tensor(picture.convert(MODES[channels])), input_mask, has_truth, picture.info
 
 
-def save_pictures(folder, pictures):
-    """Save {file name: Pillow image} below a folder, all or none, and say where."""
+def read_mask(path):
+    """What a mask marks, 255 in a Pillow image of mode L: levels of 16 or more, so that soft edges
+    count; of two levels the higher one. Transparent pixels have the level 0, but in a photograph
+    with holes they are what is marked. Raises ValueError if nothing is."""
+    grey, alpha = open_picture(path).convert("LA").split()
+    levels = ImageChops.multiply(grey, alpha)
+    shades = sorted(grey.histogram(alpha))
+    if alpha.getextrema()[0] < 128 and sum(shades[-2:]) < sum(shades) / 2:
+        print(f"notice: {path} is a photograph: its transparent pixels are taken as missing")
+        levels = ImageChops.invert(alpha)
+    present = [level for level, count in enumerate(levels.histogram()) if count]
+    threshold = present[1] if len(present) == 2 else 16
+    if present[-1] < threshold:
+        raise ValueError(f"no pixel is missing: {path} has levels up to {present[-1]} of 255, and "
+                         f"{threshold} or more is missing")
+    return levels.point(lambda level: 255 * (level >= threshold))
+
+
+def save_pictures(folder, pictures, **options):
+    """Save {file name: Pillow image} below a folder, all or none, and say where.
+
+    options: for Pillow's save. A colour profile decides whether a picture is saved in grey.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for name, picture in pictures.items():
-        picture.save(folder / f".{name}")
+    space = options.get("icc_profile", b"")[16:20]
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        for name, picture in pictures.items():
+            if (folder / name).is_dir():
+                raise ValueError(f"{folder / name} is a folder: rename it")
+            mode = {b"GRAY": "L", b"RGB ": "RGB"}.get(space, picture.mode)
+            picture.convert(mode).save(Path(temporary, name), **options)
+        for name in pictures:
+            Path(temporary, name).replace(folder / name)
     for name in pictures:
-        (folder / f".{name}").replace(folder / name)
         print(f"picture: {folder / name}")
 
 

@@ -180,11 +180,13 @@ def grid_coords(height, width):
     return torch.cartesian_prod(y, x).flip(1)
 
 
-def split_images(images, indices, seed=0, input_ratio=0.2, full=False, pixels="grid"):
+def split_images(images, indices, seed=0, input_ratio=0.2, full=False, pixels="grid",
+                 unknown=None):
     """A split of images (B, C, H, W), all missing pixels as outputs; how many to draw and measure.
 
     The mask is a function of seed and an image's index, indices (B,). pixels: "grid" or
     "anywhere", where the input lies. A fifth of the image is measured, or with `full` all outputs.
+    unknown: bool (H * W,), pixels whose value nobody knows: not in the input and not measured.
     """
     total = images[0, 0].numel()
     make_split = sparse_split
@@ -193,10 +195,17 @@ def split_images(images, indices, seed=0, input_ratio=0.2, full=False, pixels="g
         make_split = off_grid_split
         numbers += 2 * int(total * input_ratio)  # the coordinates of the input
     order = fixed_order(seed, indices, numbers).to(images.device)
+    n_unknown = 0
+    if unknown is not None:
+        order[:, :total] += unknown.to(order)  # these come last
+        n_unknown = int(unknown.sum())
     split = make_split(images, input_ratio, None, order=order)
-    n_out = split["output_indices"].shape[1]
+    n_out = split["output_indices"].shape[1] - n_unknown
     if not full:
         n_out = min(n_out, total // 5)
+    if n_unknown and (n_out < 1 or pixels == "anywhere"):
+        raise ValueError(f"{n_unknown} of {total} pixels are transparent: --size and --pixels "
+                         f"anywhere need a picture with fewer such pixels")
     return split, n_out
 
 
@@ -218,8 +227,7 @@ def evaluate_field(model, schedule, images, draw=None, batch=25, **options):
     """{method: {"mse", "mae", "psnr", "ssim"}} over images uint8 (N, C, H, W), values in [0, 1].
 
     MSE and MAE are over the measured pixels, PSNR is that of the mean MSE, SSIM is of whole images
-    with the input pixels kept. draw: see reconstruct. options: seed, input_ratio, full and pixels,
-    see split_images.
+    with the input pixels kept. draw: see reconstruct. options: those of split_images.
     """
     figures = {}
     for indices in torch.arange(len(images)).split(batch):
@@ -313,13 +321,13 @@ def animate(split, frames, path):
 # --------------------------------------------------------------------------------------- reports
 def report_field(model, schedule, images, folder, name, seed=0, input_ratio=0.2, num_steps=50,
                  eta=0.0, sampler="ddim", samples=None, full=False, scale=1, gif=False,
-                 pixels="grid"):
+                 pixels="grid", unknown=None):
     """Print the table of evaluate_field, draw the pictures, return {method: figures}.
 
     images: uint8 (N, C, H, W), called `name`. samples: how many for evaluate_samples, if any.
     """
     generator = torch.Generator().manual_seed(seed)
-    options = dict(seed=seed, input_ratio=input_ratio, full=full, pixels=pixels)
+    options = dict(seed=seed, input_ratio=input_ratio, full=full, pixels=pixels, unknown=unknown)
 
     def draw(*where, on_step=None):
         if sampler == "ddpm":
@@ -370,7 +378,8 @@ def report_picture(model, schedule, path, folder, mask=None, input_ratio=0.2, se
 
     covariance = exponential_covariance(model.side)
     device = schedule.betas.device
-    image, input_mask, has_truth = load_picture(path, len(model.colours), mask, input_ratio, seed)
+    image, input_mask, has_truth, info = load_picture(path, len(model.colours), mask, input_ratio,
+                                                      seed)
     image, input_mask = to_signed(image.to(device)), input_mask.to(device)
     print(f"{input_mask.sum():,} of {input_mask.numel():,} pixels given")
     given, truth = image * input_mask, to_unit(image)
@@ -391,7 +400,7 @@ def report_picture(model, schedule, path, folder, mask=None, input_ratio=0.2, se
         images.append(truth)
         labels.append("truth")
     comparison = image_grid([images], labels, zoom=max(1, 256 // max(input_mask.shape)))
-    save_pictures(folder, {"restored.png": picture, "comparison.png": comparison})
+    save_pictures(folder, {"restored.png": picture, "comparison.png": comparison}, **info)
     return results
 
 
@@ -502,7 +511,7 @@ def parse_arguments(argv):
     add("--gif", action="store_true", help="animate the denoising")
     add("--image", type=Path, help="restore this picture; missing: --mask, transparent, or random")
     add("--mask", type=Path,
-        help="of --image, as large; white: missing (cover a little more than the damage)")
+        help="of --image, as large; missing: levels of 16 or more of 255, of two the higher one")
     add("--size", type=between(1, 64), help="reduce --image to the size of the training images, 32")
     add("--evaluate", type=between(1, 10**6), nargs="?", const=1000, default=6,
         help="measure on so many test images (1,000 if no number is given)")
@@ -530,9 +539,12 @@ def report_test_images(model, schedule, checkpoint, args):
     """Measure on test images, or on the middle square of --image: (name, images, figures)."""
     config, settings = checkpoint["config"], checkpoint["settings"]
     channels, side = config.get("channels", 1), config.get("side", 28)
-    name, folder = args.image, args.out / checkpoint["kind"]
+    name, folder, unknown = args.image, args.out / checkpoint["kind"], None
     if name:
-        images = square_picture(open_picture(name), channels, args.size)[None]
+        picture = open_picture(name)
+        images = square_picture(picture, channels, args.size)[None]
+        alpha = picture.getchannel("A").convert("RGBA")
+        unknown = square_picture(alpha, 1, args.size).flatten() < 128
     else:
         shipped = args.checkpoint.resolve() == SHIPPED  # it must work without a network
         wanted = args.data or ("auto" if shipped else checkpoint["data"])
@@ -548,7 +560,7 @@ def report_test_images(model, schedule, checkpoint, args):
     pixels = args.pixels or settings.get("pixels", "grid")
     figures = report_field(model, schedule, images, folder, name, args.seed, args.input_ratio,
                            args.steps or 50, args.eta, args.sampler, args.samples, args.full,
-                           args.scale, args.gif, pixels)
+                           args.scale, args.gif, pixels, unknown)
     return name, images, figures
 
 

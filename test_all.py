@@ -29,6 +29,7 @@ import tracemalloc
 import types
 import unittest.mock
 import urllib.request
+import warnings
 import zlib
 from pathlib import Path
 
@@ -1192,7 +1193,13 @@ def test_pictures_are_turned_upright():
             exif = Image.Exif()
             exif[0x0112] = turn
             Image.fromarray(wide).save("photo.png", exif=exif)
-            assert np.array_equal(data.open_picture("photo.png"), right), turn
+            assert np.array_equal(data.open_picture("photo.png").convert("RGB"), right), turn
+
+
+def read_square(name, channels=3):
+    """The middle 32 x 32 pixels of a picture of at least that size, (32, 32, C)."""
+    square = data.square_picture(data.open_picture(name), channels, 32)
+    return square.permute(1, 2, 0).numpy()
 
 
 def test_pictures_of_every_kind_are_read():
@@ -1201,10 +1208,7 @@ def test_pictures_of_every_kind_are_read():
     grey = (square @ [0.299, 0.587, 0.114])[..., None]
     palette = plain.quantize(16)
     colours = np.reshape(palette.getpalette(), (-1, 3))[np.asarray(palette)]
-    deep = np.arange(1024, dtype=np.uint16).reshape(32, 32) * 64
-    shades = np.dstack([deep / 257] * 3)
-    sixteen = Image.fromarray(deep)
-    bits = deep > 32767
+    bits = square[..., :1] > 127
     with folder():
         for name, image, right in (
                 ("rgb.tif", plain, square),
@@ -1213,44 +1217,95 @@ def test_pictures_of_every_kind_are_read():
                 ("palette.tif", palette, colours),
                 ("grey.tif", plain, grey),
                 ("grey.png", plain.convert("LA"), grey),
-                ("bits.png", Image.fromarray(bits), np.dstack([bits * 255] * 3)),
-                ("16.tif", sixteen, shades),
-                ("16.png", sixteen, shades),
-                ("16.pgm", sixteen, shades),
-                ("32.tif", Image.fromarray(deep.astype(np.int32)), shades)):
+                ("bits.png", Image.fromarray(bits[..., 0]), bits * 255)):
             image.save(name)
-            got = data.square_picture(data.open_picture(name), right.shape[2], 32)
-            close(got, right.transpose(2, 0, 1), 1)
+            close(read_square(name, right.shape[2]), right, 1)
+
+
+def test_16_bits_become_8_as_the_file_says():
+    deep = np.arange(1024, dtype=np.uint16).reshape(32, 32) * 64
+    white = np.full((32, 32), 65535, np.uint16)
+    with folder():
+        for name in ("16.tif", "16.png", "16.pgm"):
+            Image.fromarray(deep).save(name)
+            pixels, said = quiet(read_square, name)
+            close(pixels, np.dstack([deep / 257] * 3), 1)
+            assert f"{name}: 16 bits become 8" in said and "255 of 255" in said
+        Image.fromarray(white).save("12.tif")
+        bits_per_sample = np.array([[258, 3, 1, 0, 16], [258, 3, 1, 0, 12]], "<u2")
+        content = Path("12.tif").read_bytes().replace(*(bits.tobytes() for bits in bits_per_sample))
+        Path("12.tif").write_bytes(content)
+        assert (quiet(read_square, "12.tif")[0] == 255).all()  # 4,095 is white
+        for name, kind in (("32.tif", np.int32), ("float.tif", np.float32)):
+            Image.fromarray(deep.astype(kind)).save(name)
+            raises(ValueError, lambda: data.open_picture(name), name, "which number is white")
+
+
+def test_16_bits_with_a_transparent_colour():
+    grey = np.arange(24, dtype=np.uint16).reshape(4, 6) * 1000
+    colour = np.dstack([grey, grey + 300, 50_000 - grey])
+    header = np.array([6, 4], ">u4").tobytes() + bytes([16, 2, 0, 0, 0])
+    rows = b"".join(b"\0" + row.tobytes() for row in colour.astype(">u2"))
+    png = b"\x89PNG\r\n\x1a\n"
+    for kind, content in ((b"IHDR", header), (b"tRNS", colour[1, 2].astype(">u2").tobytes()),
+                          (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        checksum = zlib.crc32(kind + content).to_bytes(4, "big")
+        png += len(content).to_bytes(4, "big") + kind + content + checksum
+    with folder():
+        Image.fromarray(grey).save("grey.png", transparency=8000)
+        Path("colour.png").write_bytes(png)
+        for name in ("grey.png", "colour.png"):
+            (image, given, *_), said = quiet(data.load_picture, name, 3)
+            assert (~given).nonzero().tolist() == [[1, 2]] and "16 bits" in said
+        close(image.permute(1, 2, 0), colour / 257, 1)
+
+
+def test_of_several_frames_the_first_is_taken_with_a_notice():
+    red, blue = (Image.new("RGB", (32, 32), colour) for colour in ("red", "blue"))
+    with folder():
+        for name in ("a.gif", "a.png", "a.webp", "a.tif"):
+            red.save(name, save_all=True, append_images=[blue], lossless=True)
+            pixels, said = quiet(read_square, name)
+            assert (pixels == (255, 0, 0)).all() and f"{name} has 2 frames" in said
+        red.save("phone.mpo", save_all=True, append_images=[blue])  # a photograph with a preview
+        red.save("still.gif")
+        for name in ("phone.mpo", "still.gif"):
+            assert quiet(read_square, name)[1] == ""
 
 
 def test_a_picture_is_reduced_to_its_middle_square():
     stripes = np.repeat(np.uint8([0, 100, 200]), 32)[None].repeat(32, 0)
-    for picture in (stripes, stripes.T):
-        got = data.square_picture(Image.fromarray(picture), 1, 32)
-        close(got[:, 4:-4, 4:-4], 100, 0)
-    fine = Image.fromarray(bytes_((256, 256)))
-    small = data.square_picture(fine, 1, 32)
-    assert small.float().std() < 20  # averaged; if picked: 74
+    with folder():
+        for picture in (stripes, stripes.T):
+            save_png("stripes.png", picture)
+            close(read_square("stripes.png")[4:-4, 4:-4], 100, 0)
+        save_png("fine.png", bytes_((256, 256)))
+        assert read_square("fine.png").std() < 20  # averaged; if picked: 74
+    for size in ((1, 1), (20_000, 3), (3, 20_000), (33, 31)):
+        small = data.square_picture(Image.new("RGBA", size), 3, 8)
+        assert small.shape == (3, 8, 8) and small.dtype == torch.uint8
 
 
-def test_a_square_of_a_picture_of_any_size():
-    for mode in ("RGB", "L", "RGBA", "P", "I;16"):
-        for size in ((1, 1), (20_000, 3), (3, 20_000), (33, 31)):
-            small = data.square_picture(Image.new(mode, size), 3, 8)
-            assert small.shape == (3, 8, 8)
-            assert small.dtype == torch.uint8
+def test_the_colours_of_transparent_pixels_are_not_used():
+    pixels = bytes_((32, 32, 4))
+    pixels[..., 3] = 255 * (pixels[..., 3] > 127)
+    visible = pixels[..., 3:] > 0
+    with folder():
+        save_png("sprite.png", pixels)
+        assert np.array_equal(read_square("sprite.png"), np.where(visible, pixels[..., :3], 255))
 
 
 def test_what_is_no_picture_is_refused_by_name():
-    with folder():
-        Path("text.png").write_bytes(b"no picture")
+    with folder(), warnings.catch_warnings(action="error"):
         save_png("whole.png", bytes_((50, 50)))
         Path("cut.png").write_bytes(Path("whole.png").read_bytes()[:900])
-        Image.fromarray(np.full((40, 40), 0.5, np.float32)).save("float.tif")
-        for name in ("text.png", "cut.png", "float.tif", "missing.png", "."):
-            raises(ValueError, lambda: data.open_picture(name), f"cannot use {name} as a picture")
-        with patched(Image, MAX_IMAGE_PIXELS=500):  # Pillow refuses twice as many
-            raises(ValueError, lambda: data.open_picture("whole.png"), "whole.png", "bomb")
+        Path("text.png").write_bytes(b"no picture")
+        Path("huge.pgm").write_bytes(b"P5 20000 15001 255\n")
+        Path("large.pgm").write_bytes(b"P5 20000 5000 255\n")  # its pixels are missing
+        for name, word in (("text.png", ""), ("cut.png", ""), ("missing.png", ""), (".", ""),
+                           ("huge.pgm", "300 megapixels"), ("large.pgm", "truncated")):
+            refusal = f"cannot use {name} as a picture"
+            raises(ValueError, lambda: data.open_picture(name), refusal, word)
 
 
 def test_a_folder_of_pictures_is_split_by_their_names():
@@ -1279,13 +1334,28 @@ def test_a_folder_of_pictures_is_split_by_their_names():
         assert grey.shape == (180, 1, 28, 28) and grey.dtype == torch.uint8
 
 
-def test_a_folder_needs_20_pictures():
+def test_a_folder_needs_20_pictures_and_links_to_them_are_followed():
     with folder():
+        for place in ("photos", "elsewhere"):
+            os.mkdir(place)
+            for i in range(10):
+                Image.new("I;16", (5, 5)).save(f"{place}/{i}.png")  # no notice for each
+        raises(ValueError, lambda: data.load_dataset("photos", "", True), "10", "20")
+        os.symlink("../elsewhere", "photos/link")
+        os.symlink("..", "elsewhere/circle")  # photos/link/circle is the folder around both
+        for train, count in ((True, 18), (False, 2)):
+            (_, images, _), said = quiet(data.load_dataset, "photos", "", train)
+            assert len(images) == count and not said
+
+
+def test_large_jpeg_files_of_a_folder_are_read_at_a_reduced_size():
+    smooth = Image.fromarray(bytes_((4, 6, 3))).resize((600, 400), Image.Resampling.BICUBIC)
+    with folder(), spied(data, "square_picture") as squares:
         for i in range(20):
-            save_png(f"{i}.png", np.full((5, 5), i))
-        assert [len(data.load_dataset(".", "", train)[1]) for train in (True, False)] == [18, 2]
-        Path("7.png").unlink()
-        raises(ValueError, lambda: data.load_dataset(".", "", True), "19", "20")
+            smooth.save(f"{i}.jpg")
+        images = data.load_dataset(".", "", True)[1]
+        assert {given[0].size for given, _ in squares} == {(150, 100)}  # at least 64
+        close(images[0], data.square_picture(data.open_picture("0.jpg"), 3, 32), 3)
 
 
 def test_the_two_ranges_of_values():
@@ -1465,21 +1535,16 @@ def test_a_chart_is_not_upside_down():
     first, middle, last = curve_rows(chart, BLUE)
     height = first - last
     assert height > 200
-    close(first - middle, 0.2 * height, 5)
-    down_first, down_middle, down_last = curve_rows(chart, ORANGE)
-    close([down_first, down_last], [last, first], 5)
-    close(down_last - down_middle, 0.8 * height, 5)
+    close(middle, first - 0.2 * height, 5)
+    close(curve_rows(chart, ORANGE), [last, first - 0.8 * height, first], 5)
 
 
 def test_all_curves_of_a_chart_share_its_axes():
     chart = data.line_chart("", {"": ([50, 100], [0, 5]), "long": ([0, 100], [0, 10])})
     left, top, _, _ = box(chart, BLUE)
     assert 240 < left < 260 and 150 < top < 170  # from the middle, and half as high
-
-
-def test_a_curve_of_one_point_is_a_dot():
-    chart = pixels_of(data.line_chart("", {"": ([3], [7])}))
-    assert 20 < (chart == BLUE).all(2).sum() < 60
+    dot = pixels_of(data.line_chart("", {"": ([3], [7])}))
+    assert 20 < (dot == BLUE).all(2).sum() < 60
 
 
 def axes(xs, ys):
@@ -1495,16 +1560,11 @@ def axes(xs, ys):
     return across, up
 
 
-def test_the_numbers_on_the_axes_are_where_they_say():
+def test_the_numbers_on_an_axis_are_right_distinct_and_in_their_places():
     chart = pixels_of(data.line_chart("", {"": (range(5), range(5))}))
-    across, up = axes(range(5), range(5))
-    assert list(across.values()) == list(up.values()) == [0, 1, 2, 3, 4]
-    for x, y in zip(across, up):  # the curve meets both
+    for x, y in zip(*axes(range(5), range(5))):  # the curve meets both
         near = chart[int(y) - 1:int(y) + 2, int(x)]
         assert (near == BLUE).all(1).any()
-
-
-def test_the_numbers_on_an_axis_are_right_and_distinct():
     for low, high in ((20.9, 21), (0, 1), (70, 7000), (-0.3, 0.1), (-1e-4, 1e-4), (1e5, 1e5 + 1)):
         across, up = axes([low, high], [2 * high, 2 * low])
         right = np.linspace(low, high, 5)
@@ -1523,7 +1583,6 @@ def test_the_labels_of_curves_have_their_colours():
         x, y = at[label]  # the right end of its text
         text = pixels_of(chart)[y:y + 14, x - 20:x]
         assert (text == colour).all(2).any()
-    assert curve_rows(chart, BLUE)[1] > curve_rows(chart, ORANGE)[1] + 200
 
 
 def photograph():
@@ -1538,74 +1597,108 @@ def test_of_a_complete_picture_a_share_of_the_pixels_is_given_at_random():
     photo, _ = photograph()
     with folder():
         save_png("photo.png", photo)
-        image, given, has_truth = data.load_picture("photo.png", 3)
+        image, given, has_truth, _ = data.load_picture("photo.png", 3)
         assert has_truth and given.sum() == 0.2 * 60 * 90 and given.dtype == torch.bool
         assert image.dtype == torch.uint8 and np.array_equal(image, photo.transpose(2, 0, 1))
         assert given[:30].sum() > 300 and given[:, :45].sum() > 300
         load = lambda **options: data.load_picture("photo.png", 3, **options)[1]
         assert torch.equal(load(seed=0), given) and not torch.equal(load(seed=1), given)
         assert load(input_ratio=0.75).sum() == 0.75 * 60 * 90
-        grey, _, _ = data.load_picture("photo.png", 1)
+        grey = data.load_picture("photo.png", 1)[0]
         close(grey[0], photo @ [0.299, 0.587, 0.114], 1)
 
 
-def test_transparent_pixels_are_missing_and_so_are_white_ones_of_a_mask():
+def test_transparent_pixels_are_missing_and_so_are_marked_ones_of_a_mask():
     photo, hole = photograph()
+    wide = bytes_((2, 3000))
     left, bar = np.arange(90) < 40, np.zeros((60, 90))
-    bar[:, 70:75] = 128
+    bar[:, 70:75] = 255
     with folder():
         save_png("holes.png", photo, np.where(hole, 127, 128))
         save_png("photo.png", photo)
-        save_png("mask.png", np.where(hole, 128, 127))
+        save_png("mask.png", hole)
         save_png("half.png", photo, 255 - hole * left)
         save_png("bar.png", bar)
         for name, mask, missing in (("holes.png", None, hole > 0),
                                     ("photo.png", "mask.png", hole > 0),
                                     ("half.png", "mask.png", hole > 0),
                                     ("holes.png", "bar.png", (hole > 0) | (bar > 0))):
-            image, given, has_truth = data.load_picture(name, 3, mask)
+            image, given, has_truth, _ = data.load_picture(name, 3, mask)
             assert not has_truth and np.array_equal(given, ~missing), name
             assert np.array_equal(image[:, given], photo[~missing].T)
+        save_png("wide.png", wide, wide, wide, wide)
+        image, given, *_ = data.load_picture("wide.png", 1)  # of any size
+        assert np.array_equal(image[0], wide) and np.array_equal(given, wide >= 128)
 
 
-def test_a_picture_and_its_mask_are_both_turned_upright():
+def marked(*planes, kind=np.uint8):
+    """Which pixels count as missing by a mask of these planes, bool (H, W)."""
+    pixels = planes[0] if len(planes) == 1 else np.dstack(planes)
+    Image.fromarray(np.asarray(pixels, kind)).save("mask.png")
+    return np.asarray(data.read_mask("mask.png")) == 255
+
+
+def test_a_mask_marks_what_it_touches():
     photo, hole = photograph()
-    exif = Image.Exif()
-    exif[0x0112] = 3  # upside down
     with folder():
-        for name, pixels in (("photo.png", photo), ("mask.png", hole)):
-            Image.fromarray(pixels[::-1, ::-1]).save(name, exif=exif)
-        image, given, _ = data.load_picture("photo.png", 3, "mask.png")
-    assert np.array_equal(image[0, 0], photo[0, :, 0] * given[0].numpy())
-    assert np.array_equal(given, hole == 0)
+        levels = np.arange(256).reshape(1, 256)
+        assert np.array_equal(marked(levels), levels >= 16)  # the rim of a stroke, no JPEG noise
+        for low, high in ((0, 1), (0, 255), (3, 4), (200, 201)):
+            assert np.array_equal(marked(np.where(hole, high, low)), hole > 0)
+        assert np.array_equal(marked(hole > 0, kind=np.uint16), hole > 0)
+        assert marked(np.full((2, 2), 255)).all()
+        Image.fromarray(hole[::-1]).save("mask.png", exif=b"Exif\0\0MM\0*\0\0\0\b\0\1\1\x12\0\3"
+                                         b"\0\0\0\1\0\4\0\0\0\0\0\0")  # as in a mirror
+        assert np.array_equal(np.asarray(data.read_mask("mask.png")), hole)
 
 
-def test_a_large_picture_is_reduced_to_1024_pixels():
-    noisy = bytes_((40, 1025)) // 2 * 2
-    hole = np.arange(1025) % 50 < 25
+def test_transparent_pixels_of_a_mask_are_not_marked():
+    photo, hole = photograph()
+    white, left = 255 + 0 * hole, 255 * (np.arange(90) < 40) + 0 * hole
     with folder():
-        save_png("complete.png", noisy.T)
-        save_png("holes.png", *[noisy] * 3, 255 * np.broadcast_to(~hole, noisy.shape))
-        save_png("limit.png", noisy[:, 1:])
-        (image, _, _), said = quiet(data.load_picture, "complete.png", 1)
-        assert image.shape == (1, 1024, 40) and "complete.png is reduced to 1024" in said
-        assert (image % 2).any()  # averaged
-        (image, given, _), _ = quiet(data.load_picture, "holes.png", 1)
-        assert not (image % 2).any()  # next to holes the nearest pixel
-        close(given.double().mean(), 0.5, 0.02)
-        (image, _, _), said = quiet(data.load_picture, "limit.png", 1)
-        assert image.shape == (1, 40, 1024) and not said
+        assert np.array_equal(marked(white, hole), hole > 0)
+        assert np.array_equal(marked(0 * hole + 76, 0 * hole, 0 * hole, hole), hole > 0)  # red
+        assert np.array_equal(marked(hole, left), (hole > 0) & (left > 0))
+        holes, said = quiet(marked, bytes_((60, 90, 3)), 255 - hole)
+        assert np.array_equal(holes, hole > 0) and "mask.png is a photograph" in said
 
 
-def test_pictures_that_cannot_be_restored_are_refused():
+def test_masks_that_cannot_be_used_are_refused():
     photo, hole = photograph()
     with folder():
         save_png("photo.png", photo)
         save_png("small.png", hole[:50])
         save_png("black.png", 0 * hole)
+        save_png("dark.png", np.arange(5400).reshape(60, 90) % 16)
         for mask, words in (("small.png", ["same size", "(90, 50)", "(90, 60)"]),
-                            ("black.png", ["no pixel is missing"]), ("none.png", ["none.png"])):
+                            ("black.png", ["no pixel is missing", "black.png", "up to 0", 16]),
+                            ("dark.png", ["dark.png", "up to 15", 16]), ("none.png", ["none.png"])):
             raises(ValueError, lambda: data.load_picture("photo.png", 3, mask), *words)
+
+
+def test_a_result_keeps_colour_profile_and_resolution():
+    photo, hole = photograph()
+    colour, ink, grey = (bytes(16) + space + bytes(99) for space in (b"RGB ", b"CMYK", b"GRAY"))
+    picture = Image.fromarray(photo)
+    with folder() as place:
+        for image, profile, mode in ((picture, colour, "RGB"), (picture.convert("L"), grey, "L"),
+                                     (picture.convert("I;16"), grey, "L"),
+                                     (picture.convert("CMYK"), ink, None), (picture, grey, None)):
+            image.save("photo.tif", icc_profile=profile, dpi=(300, 300))
+            info = quiet(data.load_picture, "photo.tif", 3)[0][3]
+            assert info.get("icc_profile") == (profile if mode else None)
+            result = Image.new("L" if mode == "RGB" else "RGB", (2, 2))
+            quiet(functools.partial(data.save_pictures, **info), place, {"result.png": result})
+            with Image.open("result.png") as saved:
+                assert saved.info.get("icc_profile") == info.get("icc_profile")
+                assert saved.mode == (mode or result.mode)
+                close(saved.info["dpi"], (300, 300), 0.1)
+        picture.save("photo.tif")
+        assert data.load_picture("photo.tif", 3)[3] == {}
+        picture.save("photo.tif", dpi=(300, 300))
+        content = Path("photo.tif").read_bytes()
+        Path("photo.tif").write_bytes(content.replace(b"\x2c\1\0\0\1\0\0\0", bytes(8)))  # 0 / 0
+        assert data.load_picture("photo.tif", 3)[3] == {}
 
 
 def test_pictures_are_saved_all_or_none():
@@ -1615,9 +1708,15 @@ def test_pictures_are_saved_all_or_none():
         _, said = quiet(data.save_pictures, place, {"one.png": one, "two.png": two})
         assert [pixels_of(place / f"{n}.png").max() for n in ("one", "two")] == [1, 2]
         assert said == f"picture: {place}/one.png\npicture: {place}/two.png\n"
-        assert len(files_in(place)) == 2
         raises(ValueError, lambda: data.save_pictures(place, {"one.png": two, "two.odd": one}))
+        os.mkdir(place / "three.png")
+        raises(ValueError, lambda: data.save_pictures(place, {"one.png": two, "three.png": one}))
         assert pixels_of(place / "one.png").max() == 1
+        full = types.SimpleNamespace(write=Path("missing/x").write_text)  # it raises OSError
+        with contextlib.redirect_stdout(full):
+            raises(OSError, lambda: data.save_pictures(place, {"one.png": two, "two.png": one}))
+        assert [pixels_of(place / f"{n}.png").max() for n in ("one", "two")] == [2, 1]
+        assert len(files_in(place)) == 2
 
 
 def test_expected_errors_end_in_one_line():
@@ -1733,55 +1832,46 @@ def test_files_that_work_alone():
 # --------------------------------------------------------------------------------- neural field
 
 
-def tiny_field(parts=nf_denoiser.PARTS, channels=3, seed=0, **options):
-    torch.manual_seed(seed)
-    options = nf_denoiser.SIZES["small"] | options
+def tiny_field(parts=nf_denoiser.PARTS, channels=3, **options):
+    torch.manual_seed(0)
+    sizes = dict(
+        side=16, widths=(8, 4, 8), num_fourier_feats=8,
+        num_latents=None, latent_dim=16, num_blocks=2, num_heads=2)
     bars = schedule.DiffusionSchedule().alphas_cumprod
-    return nf_denoiser.NFDenoiser(bars, channels, parts, **options).eval()
+    model = nf_denoiser.NFDenoiser(bars, channels, parts, **sizes | options)
+    return model.eval()
 
 
-def random_problem(batch=2, n_in=30, n_out=20, channels=3, seed=0):
-    """Arguments of NFDenoiser.forward: different pixels of a 32 x 32 grid, each t another."""
-    g = seeded(seed)
-    order = torch.rand(batch, 1024, generator=g).argsort(1)
-    pixels = order[:, :n_in + n_out]
-    coords = torch.stack([pixels % 32, pixels // 32], -1) / 31
-    input_coords, output_coords = coords.split([n_in, n_out], dim=1)
-    x_t = torch.randn(batch, n_out, channels, generator=g)
-    t = torch.randint(1000, (batch,), generator=g)
-    input_values = torch.rand(batch, n_in, channels, generator=g) * 2 - 1
-    return x_t, output_coords, t, input_coords, input_values
+def random_problem(n_in=30, channels=3):
+    """Arguments of NFDenoiser.forward: n_in and 20 different pixels of two images."""
+    torch.manual_seed(1)
+    line = torch.linspace(0, 1, 16)
+    pixels = torch.cartesian_prod(line, line)
+    coords = pixels[torch.rand(2, 256).argsort(1)]
+    x_t = torch.randn(2, 20, channels)
+    input_values = torch.rand(2, n_in, channels) * 2 - 1
+    t = torch.tensor([100, 600])
+    return x_t, coords[:, -20:], t, coords[:, :n_in], input_values
 
 
 def test_fourier_features_written_out():
-    features = nf_denoiser.FourierFeatures(5)
-    x, y = 0.3, 0.9
-    angle = 2 * math.pi * (x * features.B[0] + y * features.B[1])
+    """Under bf16, too: it does not round angles."""
+    features = nf_denoiser.FourierFeatures(10_000)
+    close(features.B.std(), 2, 0.1)  # cycles per side of the image
+    x = 0.3 * features.B[0]
+    y = 0.9 * features.B[1]
+    angle = 2 * math.pi * (x + y)
     expected = torch.cat([angle.sin(), angle.cos()])
-    close(features(torch.tensor([x, y])), expected, 1e-5)
-
-
-def test_fourier_frequencies_have_the_standard_deviation_asked_for():
-    default = nf_denoiser.FourierFeatures(20_000)
-    close(default.B.std(), 2, 0.05)  # cycles per image side
-    finer = nf_denoiser.FourierFeatures(20_000, scale=7)
-    close(finer.B.std(), 7, 0.2)
-
-
-def test_bf16_does_not_round_fourier_angles():
-    features = nf_denoiser.FourierFeatures(100)
-    coords = torch.rand(50, 2)
     with torch.autocast("cpu", torch.bfloat16):
-        inside = features(coords)
-    close(inside, features(coords), 1e-6)
+        got = features(torch.tensor([[0.3, 0.9]]))
+    close(got[0], expected, 1e-4)
 
 
 def test_time_embedding_written_out():
-    embed = nf_denoiser.SinusoidalTimeEmbedding(8)
     angles = 7 * np.array([1, 0.1, 0.01, 0.001])
-    expected = np.concatenate([np.sin(angles), np.cos(angles)])
-    close(embed(torch.tensor([0, 7]))[1], expected, 1e-6)
-    raises(ValueError, lambda: nf_denoiser.SinusoidalTimeEmbedding(7), 7)
+    expected = np.append(np.sin(angles), np.cos(angles))
+    embed = nf_denoiser.SinusoidalTimeEmbedding(8)
+    close(embed(torch.tensor([7]))[0], expected, 1e-6)
 
 
 # Attention: y_i = sum_j w_ij v_j, where the weights w_i of query i are a softmax over its logits
@@ -1791,247 +1881,115 @@ def normal64(*shape):
     return torch.randn(shape, dtype=torch.float64)
 
 
-def attention_problem(placed):
-    """Two heads of 12 numbers; 5 vectors attend to 7."""
-    torch.manual_seed(0)
-    attention = nf_denoiser.Attention(24, 2, placed)
-    attention.double().requires_grad_(False)
-    x, context = normal64(1, 5, 24), normal64(1, 7, 24)
-    x_coords = 0.3 + 0.03 * normal64(1, 5, 2)
-    context_coords = 0.3 + 0.03 * normal64(1, 7, 2)
-    return attention, x, context, x_coords, context_coords, normal64(1, 7)
-
-
-def attention_by_hand(attention, x, context, logit):
-    """One query, head and key at a time. logit(head, i, j, q_i, k_j) is a number."""
-    heads = attention.num_heads, -1
-    q = attention.to_q(x[0]).unflatten(1, heads)        # (N, heads, d)
-    k = attention.to_k(context[0]).unflatten(1, heads)  # (M, heads, d)
-    v = attention.to_v(context[0]).unflatten(1, heads)
-    y = torch.zeros_like(q)
-    for i, head in np.ndindex(*q.shape[:2]):
-        weights = []
-        for j in range(len(k)):
-            weight = math.exp(logit(head, i, j, q[i, head], k[j, head]))
-            weights.append(weight)
-        for j, weight in enumerate(weights):
-            y[i, head] += weight / sum(weights) * v[j, head]
-    return attention.to_out(y.flatten(1))[None]
-
-
-def test_attention_is_a_softmax_over_the_context():
-    attention, x, context, _, _, log_w = attention_problem(placed=False)
-
-    def logit(head, i, j, q, k):
-        return q @ k / math.sqrt(12) + log_w[0, j]
-
-    expected = attention_by_hand(attention, x, context, logit)
-    close(attention(x, context, log_w=log_w), expected, 1e-12)
-
-
-def rotated(vector, place):
-    """Rotary embedding: complex numbers that turn, one half with x and the other with y."""
-    real, imaginary = vector[0::2], vector[1::2]
+def attention_by_hand(attention, x, context, coords, context_coords, log_w):
+    """Two heads of 12 numbers. One query and one key at a time."""
     wavelengths = torch.from_numpy(np.geomspace(0.08, 1.3, 3))
-    angles = torch.outer(place, 2 * math.pi / wavelengths)
-    return (real + 1j * imaginary) * torch.exp(1j * angles.flatten())
+    y = []
+    for i in range(len(x)):
+        total = total_weight = 0
+        for j in range(len(context)):
+            q = attention.to_q(x[i]).view(2, 12)
+            k = attention.to_k(context[j]).view(2, 12)
+            v = attention.to_v(context[j]).view(2, 12)
+            falls = log_w[j]
+            if attention.log_reach is not None:
+                apart = coords[i] - context_coords[j]
+                # pairs of numbers turn by angles that grow with x, then others with y
+                turn = torch.outer(apart, 2 * math.pi / wavelengths).flatten()
+                turned = torch.view_as_complex(q.view(2, 6, 2)) * torch.exp(1j * turn)
+                q = torch.view_as_real(turned).view(2, 12)
+                reach = attention.log_reach.exp()
+                falls = log_w[j] - apart @ apart / (2 * reach**2)
+            logits = (q * k).sum(1) / math.sqrt(12) + falls  # of both heads
+            weights = torch.exp(logits)[:, None]
+            total = total + weights * v
+            total_weight = total_weight + weights
+        y.append(total / total_weight)
+    return attention.to_out(torch.stack(y).flatten(1))
 
 
-def test_logits_of_placed_attention_fall_with_squared_distance():
-    attention, x, context, x_coords, context_coords, log_w = attention_problem(placed=True)
-    attention.log_reach.copy_(torch.tensor([0.03, 0.06]).log())
-
-    def logit(head, i, j, q, k):
-        p_i, p_j = x_coords[0, i], context_coords[0, j]
-        alike = torch.vdot(rotated(k, p_j), rotated(q, p_i)).real / math.sqrt(12)
-        distance = math.dist(p_i, p_j)
-        reach = [0.03, 0.06][head]
-        return alike - distance**2 / (2 * reach**2) + log_w[0, j]
-
-    got = attention(x, context, x_coords, context_coords, log_w)
-    close(got, attention_by_hand(attention, x, context, logit), 1e-5)
-
-
-def test_without_log_w_all_weights_are_multiplied_by_1():
-    for placed in (False, True):
-        attention, *problem, log_w = attention_problem(placed)
-        close(attention(*problem), attention(*problem, 0 * log_w), 1e-12)
-
-
-def kernel_regression(asked, places, values, reach):
-    """A mean of the values with Gaussian weights. Nadaraya (1964), Watson (1964)."""
-    squared = torch.cdist(asked, places) ** 2
-    weights = torch.exp(-squared / (2 * reach**2))
-    return weights @ values / weights.sum(2, keepdim=True)
+def test_attention_is_a_double_loop():
+    for placed, tolerance in ((False, 1e-12), (True, 1e-5)):
+        torch.manual_seed(0)
+        attention = nf_denoiser.Attention(24, 2, placed)
+        attention.double().requires_grad_(False)
+        x = normal64(5, 24)
+        context = normal64(7, 24)
+        log_w = normal64(7)
+        coords = 0.05 * normal64(12, 2)
+        problem = x, context, coords[:5], coords[5:], log_w
+        expected = attention_by_hand(attention, *problem)
+        got = attention(*(tensor[None] for tensor in problem))
+        close(got[0], expected, tolerance)
 
 
 def test_while_to_q_is_zero_placed_attention_is_kernel_regression():
+    """Means with Gaussian weights, of 0.7 to 4 pixels. Nadaraya (1964), Watson (1964)."""
     attention = nf_denoiser.Attention(16, 4, placed=True)
     torch.nn.init.zeros_(attention.to_q.weight)
-    torch.nn.init.eye_(attention.to_v.weight)
-    torch.nn.init.eye_(attention.to_out.weight)
-    torch.nn.init.zeros_(attention.to_out.bias)
-    asked, places = torch.rand(1, 50, 2), torch.rand(1, 300, 2)
-    values = torch.randn(1, 300, 16)
-    expected = []
-    for reach, part in zip((0.7, 1.251, 2.237, 4), values.chunk(4, 2)):  # a part for each head
-        expected.append(kernel_regression(asked, places, part, reach / 31))
-    expected = torch.cat(expected, 2)
-    x = torch.randn(1, 50, 16)
-    close(attention(x, values, asked, places), expected, 0.01)
-    with torch.autocast("cpu", torch.bfloat16):  # rounds values, not distances
-        close(attention(x, values, asked, places), expected, 0.04)
-
-
-def test_attention_refuses_vectors_that_cannot_be_split():
-    raises(ValueError, lambda: nf_denoiser.Attention(32, 3), 32, 3)
-    nf_denoiser.Attention(24, 4)
-    raises(ValueError, lambda: nf_denoiser.Attention(24, 4, placed=True), 24, 16)
+    asked = torch.rand(1, 50, 2)
+    places = torch.rand(1, 300, 2)
+    context = torch.randn(1, 300, 16)
+    values = attention.to_v(context).split(4, 2)  # a part for each head
+    means = []
+    for pixels, part in zip((0.7, 1.251, 2.237, 4), values):
+        distance = 31 * torch.cdist(asked, places) / pixels
+        weights = torch.exp(-distance**2 / 2)
+        total = weights.sum(2, keepdim=True)
+        means.append(weights @ part / total)
+    expected = attention.to_out(torch.cat(means, 2))
+    for bf16, tolerance in ((False, 0.003), (True, 0.02)):  # it does not round distances
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            got = attention(context[:, :50], context, asked, places)
+        close(got, expected, tolerance)
 
 
 # Perceiver IO: inputs -> latents -> answers to queries
 
 
-def small_perceiver(num_latents):
-    torch.manual_seed(0)
-    net = nf_denoiser.PerceiverIO(input_dim=5, query_dim=6, output_dim=2, num_latents=num_latents,
-                                  latent_dim=16, num_blocks=2, num_heads=2)
-    return net.double().eval()
-
-
-def perceiver_problem():
-    """inputs, input_coords, queries, query_coords, log_w, for two images."""
-    torch.manual_seed(1)
-    shapes = (2, 30, 5), (2, 30, 2), (2, 20, 6), (2, 20, 2), (2, 1)
-    return [torch.rand(shape).double() for shape in shapes]
-
-
-def block_by_hand(block, x, x_coords, context, context_coords, log_w=None):
-    y = block.attention(block.norm_x(x), context, x_coords, context_coords, log_w)
-    x = x + y
-    return x + block.mlp(block.norm_mlp(x))
-
-
-def perceiver_by_hand(net, inputs, input_coords, queries, query_coords, log_w):
-    inputs = net.embed_inputs(inputs)
-    queries = net.embed_queries(queries)
-    context = net.encoder.norm_context(torch.cat([inputs, queries], 1))
-    context_coords = torch.cat([input_coords, query_coords], 1)
-    log_w = torch.cat([torch.zeros(2, 30), log_w.expand(2, 20)], 1)
-    x, x_coords = inputs, input_coords  # a latent starts as its pixel
-    if net.latents is not None:
-        x, x_coords = net.latents.expand(2, -1, -1), None
-    x = block_by_hand(net.encoder, x, x_coords, context, context_coords, log_w)
-    for block in net.processor:
-        x = block_by_hand(block, x, x_coords, block.norm_x(x), x_coords)
-    latents = net.decoder.norm_context(x)
-    x = block_by_hand(net.decoder, queries, query_coords, latents, x_coords)
-    return net.to_values(net.norm_out(x))
-
-
-def test_perceiver_written_out():
-    """Placed latents, and free ones as in the paper; answers and gradients."""
-    for num_latents in (None, 4):
-        net = small_perceiver(num_latents)
-        problem, weights = perceiver_problem(), list(net.parameters())
-        got, expected = net(*problem), perceiver_by_hand(net, *problem)
-        close(got, expected, 1e-12)
-        got = torch.autograd.grad(got.sum(), weights)
-        expected = torch.autograd.grad(expected.sum(), weights)
-        for a, b in zip(got, expected):
-            close(a, b, 1e-9)
-
-
-def test_without_log_w_latents_do_not_read_the_queries():
-    for num_latents in (None, 4):
-        net = small_perceiver(num_latents)
-        *problem, log_w = perceiver_problem()
-        close(net(*problem), perceiver_by_hand(net, *problem, log_w - 1e9), 1e-12)
-
-
-def test_every_attention_of_a_placed_perceiver_is_placed_and_no_other():
-    for num_latents in (None, 4):
-        placed = []
-        for module in small_perceiver(num_latents).modules():
-            if isinstance(module, nf_denoiser.Attention):
-                placed.append(module.log_reach is not None)
-        assert placed == [num_latents is None] * 4  # encoder, two blocks, decoder
-
-
-def test_free_latents_do_not_use_coordinates():
-    net = small_perceiver(num_latents=4)
-    inputs, input_coords, queries, query_coords, log_w = perceiver_problem()
-    expected = net(inputs, input_coords, queries, query_coords, log_w)
-    got = net(inputs, 1 - input_coords, queries, query_coords**2, log_w)
-    assert torch.equal(got, expected)
-
-
-def test_the_order_of_the_input_does_not_matter():
-    for num_latents in (None, 4):
-        net = small_perceiver(num_latents)
-        inputs, input_coords, *others = perceiver_problem()
-        expected = net(inputs, input_coords, *others)
-        order = torch.randperm(30)
-        close(net(inputs[:, order], input_coords[:, order], *others), expected, 1e-12)
-
-
-def test_a_placed_perceiver_sees_differences_of_coordinates_alone():
-    """Coordinates themselves are in the Fourier features, which stay the same here."""
-    net = small_perceiver(num_latents=None)
-    inputs, input_coords, queries, query_coords, log_w = perceiver_problem()
-    expected = net(inputs, input_coords, queries, query_coords, log_w)
-    shift = torch.tensor([0.2, -0.1])
-    got = net(inputs, input_coords + shift, queries, query_coords + shift, log_w)
-    close(got, expected, 1e-10)
-    got = net(inputs, input_coords + shift, queries, query_coords, log_w)
-    assert (got - expected).abs().max() > 0.1
-
-
 def large_answers(model):
     """Weights of the last layers start small; large ones show what they multiply."""
-    for name, module in model.named_modules():
-        if name.endswith("to_values"):
-            torch.nn.init.normal_(module.weight)
+    for name, weight in model.named_parameters():
+        if name.endswith("to_values.weight"):
+            close(weight.std(), 0.01, 0.005)
+            torch.nn.init.normal_(weight)
     return model
 
 
-def test_a_placed_perceiver_takes_coordinates_as_they_are():
-    model = large_answers(tiny_field(("perceiver",)))
-    model.fourier.B.zero_()  # leaves what attention does
+def attention_alone(num_latents=None):
+    """A model of attention without Fourier features, and a problem with random coordinates."""
+    model = large_answers(tiny_field(("perceiver",), num_latents=num_latents))
+    model.fourier.B.zero_()
     x_t, _, t, _, values = random_problem()
-    out, coords = torch.rand(2, 20, 2), torch.rand(2, 30, 2)
-    rounded_out, rounded_coords = (31 * out).round() / 31, (31 * coords).round() / 31
-    exact = model(x_t, out, t, coords, values)
-    for got in (model(x_t, rounded_out, t, coords, values),
-                model(x_t, out, t, rounded_coords, values)):
-        assert (got - exact).abs().max() > 0.01
+    out = 0.1 + 0.8 * torch.rand(2, 20, 2)
+    coords = 0.1 + 0.8 * torch.rand(2, 30, 2)
+    return model, (x_t, out, t, coords, values)
 
 
-def test_unet_written_out():
-    torch.manual_seed(0)
-    net = nf_denoiser.UNet(3, widths=(4, 6, 8)).double()
-    x = normal64(2, 3, 8, 12)
+def test_the_order_of_the_given_pixels_does_not_matter():
+    for num_latents in (None, 4):
+        model, (x_t, out, t, coords, values) = attention_alone(num_latents)
+        expected = model(x_t, out, t, coords, values)
+        order = torch.randperm(30)
+        got = model(x_t, out, t, coords[:, order], values[:, order])
+        close(got, expected, 1e-4)
 
-    def conv(layer, x, stride=1, padding=1):
-        return F.conv2d(x, layer.weight, layer.bias, stride, padding)
 
-    def up(layer, x):
-        x = conv(layer, x.relu(), padding=0)  # 1 x 1
-        x = x.repeat_interleave(2, dim=2)
-        return x.repeat_interleave(2, dim=3)
+def test_shifting_all_coordinates_changes_nothing_but_the_fourier_features():
+    model, (x_t, out, t, coords, values) = attention_alone()
+    expected = model(x_t, out, t, coords, values)
+    shift = torch.tensor([0.1, -0.05])
+    got = model(x_t, out + shift, t, coords + shift, values)
+    close(got, expected, 1e-3)
 
-    full = conv(net.first, x)
-    full = full + conv(net.before[0], full.relu())
-    half = conv(net.down[0], full.relu(), stride=2)
-    half = half + conv(net.before[1], half.relu())
-    quarter = conv(net.down[1], half.relu(), stride=2)
-    quarter = quarter + conv(net.before[2], quarter.relu())
-    y = quarter + conv(net.bottom, quarter.relu())
-    y = half + up(net.up[1], y)
-    y = y + conv(net.after[1], y.relu())
-    y = full + up(net.up[0], y)
-    y = y + conv(net.after[0], y.relu())
-    close(net(x), y, 1e-12)
+
+def test_random_coordinates_are_not_rounded_to_the_grid():
+    model, problem = attention_alone()
+    expected = model(*problem)
+    for i in (1, 3):  # those of the outputs, those of the inputs
+        rounded = list(problem)
+        rounded[i] = (31 * rounded[i]).round() / 31
+        assert (model(*rounded) - expected).abs().max() > 0.01
 
 
 # Posterior mean of a Gaussian random field: C W^T (W C W^T + D)^-1 y
@@ -2039,153 +1997,147 @@ def test_unet_written_out():
 
 def bilinear_weights(coords, width, height):
     """W (N, height * width): W @ image.flatten() reads the image at N places in [0, 1]^2."""
-    size = np.array([width - 1, height - 1])
-    x, y = np.split(np.asarray(coords) * size, 2, axis=1)
-    along_x = np.maximum(0, 1 - abs(x - np.arange(width)))   # (N, width)
-    along_y = np.maximum(0, 1 - abs(y - np.arange(height)))  # (N, height)
-    W = along_y[:, :, None] * along_x[:, None]
-    return W.reshape(len(W), -1)
-
-
-def test_independent_pixels_off_the_grid_do_not_add_up():
-    """An input and a noisy output with the same nearest pixel: either is shown, not their sum."""
-    prior = nf_denoiser.IndependentPixels(8)
-    coords, value = torch.tensor([[[3.2, 5.1]]]) / 7, torch.full((1, 1, 1), 0.5)
-    noise_variance = torch.full((1, 1, 1), 1e-6)
-    image, y_out, _ = prior(coords, value, coords + 0.01, value, noise_variance)
-    close(y_out, value, 1e-4)
-    close(image[0, 0, 5, 3], 0.5, 1e-4)
-    assert (image != 0).sum() == 1
-
-
-def test_coordinates_with_too_few_dimensions_get_one_error():
-    model = tiny_field()
-    x_t, out, t, coords, values = random_problem()
-    for bad in ((x_t, out[0], t, coords, values), (x_t, out, t, coords[0, 0], values)):
-        raises(ValueError, lambda: model(*bad), "need the shapes")
+    pixels = np.argwhere(np.ones((height, width)))[:, ::-1]  # (x, y) of each
+    places = np.asarray(coords) * [width - 1, height - 1]
+    apart = abs(places[:, None] - pixels)
+    return np.maximum(0, 1 - apart).prod(2)
 
 
 def numpy_posterior(C, W, y, D):
     """Rasmussen & Williams, eq. 2.25: values y = W image + noise, of variances D."""
     K = W @ C @ W.T + np.diag(D)
-    return C @ W.T @ np.linalg.solve(K, y)
-
-
-def numpy_variance(C, W, y):
-    """The most likely scale of C, as if two more values of variance 0.05 had been seen."""
-    K = W @ C @ W.T + 1e-3 * np.eye(len(y))
-    squares = y @ np.linalg.solve(K, y) + 2 * 0.05
-    return squares / (len(y) + 2)
+    weights = np.linalg.solve(K, y)
+    return C @ W.T @ weights
 
 
 def places_of_17_by_17(steps):
     """50 multiples of 1 / steps: a power of 2, so that these floats are exact."""
     places = torch.randint(steps + 1, (50, 2), generator=seeded())
-    places[0] = steps        # the last corner
-    places[1] = places[0]    # one place among the input twice,
-    places[40] = places[2]   # one in input and output,
-    places[41] = places[42]  # one twice among the output
+    places[0] = places[1] = steps  # one place, the last corner, among the input twice,
+    places[40] = places[2]         # one in input and output,
+    places[41] = places[42]        # one twice among the output
     return places / steps
 
 
-def field_against_numpy(places):
-    """The first 30 values are clean, the last 20 noisy; three channels."""
-    rng = np.random.default_rng(0)
-    A = rng.normal(size=(289, 400))
+def test_kriging_and_the_gaussian_field_are_the_textbook_posterior():
+    """Of 30 clean values, less their mean, and of these and 20 noisy ones; on the grid and off."""
+    A = np.random.default_rng(0).normal(size=(289, 400))
     C = A @ A.T / 400  # a covariance of no special form
-    y = rng.normal(0, 0.4, (50, 3))
-    noise_variance = torch.full((1, 1, 1), 0.8, dtype=torch.float64)
+    y = 0.4 * normal64(50, 3)
+    y_in, y_t = y[None].split([30, 20], 1)
+    noise_variance = torch.full((1, 1, 1), 0.8)
     field = nf_denoiser.GaussianField(torch.from_numpy(C))
-    y_in, y_t = torch.from_numpy(y)[None].split([30, 20], dim=1)
-    where = places[None, :30], y_in, places[None, 30:]
-    clean = field(*where)
-    noisy = field(*where, y_t, noise_variance)
-    W = bilinear_weights(places, 17, 17)
-    for c in range(3):
-        variance = numpy_variance(C, W[:30], y[:30, c])
-        D = np.full(50, 1e-3)       # in units of the variance
-        D[30:] = 0.8 / variance
-        for n, (image, y_out, got_variance) in ((30, clean), (50, noisy)):
-            expected = numpy_posterior(C, W[:n], y[:n, c], D[:n])
-            close(image[0, c].flatten(), expected, 1e-9)
-            close(y_out[0, :, c], W[30:] @ expected, 1e-5)
-            close(got_variance[0, 0, c], variance, 1e-9)
-
-
-def test_on_the_grid_the_gaussian_field_is_the_textbook_posterior():
-    field_against_numpy(places_of_17_by_17(steps=16))
-
-
-def test_off_the_grid_the_gaussian_field_is_read_bilinearly():
-    field_against_numpy(places_of_17_by_17(steps=1024))
+    for steps in (16, 1024):
+        places = places_of_17_by_17(steps)
+        coords, out = places[None].split([30, 20], 1)
+        image, y_out, variances = field(coords, y_in, out, y_t, noise_variance)
+        kriged = sample.kriging(out, coords, y_in + 5, field.covariance)
+        W = bilinear_weights(places, 17, 17)
+        W_in = W[:30]
+        W_out = W[30:]
+        K = W_in @ C @ W_in.T + 1e-3 * np.eye(30)
+        for c, values in enumerate(y.T.numpy()):
+            clean = values[:30]
+            # the most likely scale, as if two more values of variance 0.05 had been seen
+            quadratic = clean @ np.linalg.solve(K, clean)
+            variance = (quadratic + 2 * 0.05) / 32
+            close(variances[0, 0, c], variance, 1e-9)
+            D = np.repeat([1e-3, 0.8 / variance], [30, 20])  # in units of the variance
+            expected = numpy_posterior(C, W, values, D)
+            close(image[0, c].flatten(), expected, 1e-6)
+            close(y_out[0, :, c], W_out @ expected, 1e-5)
+            mean = clean.mean()
+            expected = numpy_posterior(C, W_in, clean - mean, D[:30])
+            close(kriged[0, :, c], 5 + mean + W_out @ expected, 1e-5)
 
 
 def test_exponential_covariance_against_numpy():
-    line = np.arange(5) / 4
-    x, y = np.meshgrid(line, line)
-    x, y = x.ravel(), y.ravel()
-    distance = np.hypot(x[:, None] - x, y[:, None] - y)
+    places = np.argwhere(np.ones((5, 5))) / 4
+    distance = np.linalg.norm(places[:, None] - places, axis=2)
     default = nf_denoiser.exponential_covariance(5)
     close(default, np.exp(-distance * 31 / 16), 1e-6)
-    longer = nf_denoiser.exponential_covariance(5, length=2)
-    close(longer, np.exp(-distance / 2), 1e-6)
 
 
-def test_pixel_covariance_against_numpy():
-    leaves, _ = data.make_leaves(1100, 3)
-    images = leaves[..., :8, :8].contiguous()
-    x = images.double().numpy() / 127.5 - 1
-    with_mirrored = np.concatenate([x, x[..., ::-1]])
-    vectors = with_mirrored.reshape(-1, 64)
+def test_pixel_covariance_written_out():
+    images = torch.randint(256, (1100, 3, 8, 8), dtype=torch.uint8)
+    x = images.double() / 127.5 - 1
+    with_mirrored = torch.cat([x, x.flip(3)])
+    vectors = with_mirrored.view(-1, 64)
     C = vectors.T @ vectors
-    close(nf_denoiser.pixel_covariance(images), C / np.diag(C).mean(), 1e-5)
+    expected = C / C.diag().mean()
+    close(nf_denoiser.pixel_covariance(images), expected, 1e-5)
 
 
 def test_a_covariance_that_is_none_is_refused():
-    for covariance in (-torch.eye(1024), 1 - 2 * torch.eye(1024)):
-        model = tiny_field(("gaussian",), covariance=covariance)
-        raises(torch.linalg.LinAlgError, lambda: model(*random_problem()))
+    model = tiny_field(("gaussian",), covariance=1 - 2 * torch.eye(256))
+    raises(torch.linalg.LinAlgError, lambda: model(*random_problem()))
 
 
 def test_independent_pixels_are_a_field_with_the_identity_as_covariance():
     x_t, out, _, coords, values = random_problem()
-    pixels = nf_denoiser.IndependentPixels(side=32)
-    field = nf_denoiser.GaussianField(torch.eye(1024))
+    pixels = nf_denoiser.IndependentPixels(side=16)
+    field = nf_denoiser.GaussianField(torch.eye(256))
     field.jitter = 0
     noise_variance = torch.tensor([0.1, 9.0])[:, None, None]
-    for noisy in ((), (x_t, noise_variance)):
-        got = pixels(coords, values, out, *noisy)
-        expected = field(coords, values, out, *noisy)
-        for a, b in zip(got, expected):  # image, values at the outputs, variance
-            close(a, b, 1e-5)
+    problem = coords, values, out, x_t, noise_variance
+    for a, b in zip(pixels(*problem), field(*problem)):  # image, values at the outputs, variance
+        close(a, b, 1e-5)
 
 
-def test_without_measurements_the_field_has_the_exponential_covariance():
-    expected = nf_denoiser.exponential_covariance(32)
-    assert torch.equal(tiny_field(("gaussian",)).prior.covariance, expected)
-    assert isinstance(tiny_field(("unet",)).prior, nf_denoiser.IndependentPixels)
+# The model by hand: mean + y_out + std * (unet + perceiver)
 
 
-# The model by hand: mean + y_out + std * (unet + perceiver), for pixels on the grid and beside it
+def plane(coords, value):
+    """The value at the pixels nearest to coords, else 0."""
+    image = torch.zeros(1, 1, 16, 16).double()
+    column, row = (15 * coords[0]).round().long().unbind(1)
+    image[..., row, column] = value
+    return image
 
-OFFSETS = 0, 0.4 / 31, -0.4 / 31  # the nearest pixel stays the same
-FORWARD_CASES = list(itertools.product((nf_denoiser.PARTS, ("unet", "perceiver")), OFFSETS))
+
+def unet_by_hand(net, x, level=0):
+    """All below a level happens at half its resolution."""
+    x = x + net.before[level](x.relu())
+    if level == 2:
+        return x + net.bottom(x.relu())
+    half = net.down[level](x.relu())
+    half = unet_by_hand(net, half, level + 1)
+    half = net.up[level](half.relu())
+    x = x + F.interpolate(half, scale_factor=2)
+    return x + net.after[level](x.relu())
 
 
-def forward_by_hand(parts, offset):
-    """What the model answered and what its networks were given, and all that comes before them."""
-    model, given = large_answers(tiny_field(parts)), {}
-    for network in (model.unet, model.perceiver):
-        network.register_forward_pre_hook(lambda module, inputs: given.update({module: inputs}))
-    x_t, out, _, coords, values = random_problem(seed=1)
-    t = torch.tensor([100, 600])
-    with torch.no_grad():
-        x_0_hat = model(x_t, out + offset, t, coords + offset, values)
-    image, = given[model.unet]
-    out, coords = (out + offset).clamp(0, 1), (coords + offset).clamp(0, 1)
-    bar = schedule.DiffusionSchedule().alphas_cumprod[t].float()[:, None, None]
-    # brightness, red against blue, green against both; the columns have length 1
-    colours = torch.tensor([[1, 1, 1], [1, 0, -2], [1, -1, 1]]) / torch.tensor([3, 2, 6]).sqrt()
+def block_by_hand(block, x, x_coords, context, *others):
+    y = block.norm_x(x)
+    x = x + block.attention(y, context, x_coords, *others)
+    return x + block.mlp(block.norm_mlp(x))
+
+
+def perceiver_by_hand(net, inputs, coords, queries, asked, log_w):
+    x = inputs = net.embed_inputs(inputs)  # a latent starts as its pixel
+    queries = net.embed_queries(queries)
+    context = net.encoder.norm_context(torch.cat([inputs, queries], 1))
+    places = torch.cat([coords, asked], 1)
+    log_w = log_w * (torch.arange(places.shape[1]) >= inputs.shape[1])
+    if net.latents is not None:  # free ones, as in the paper
+        x = net.latents[None]
+    x = block_by_hand(net.encoder, x, coords, context, places, log_w)
+    for block in net.processor:
+        x = block_by_hand(block, x, coords, block.norm_x(x), coords)
+    latents = net.decoder.norm_context(x)
+    x = block_by_hand(net.decoder, queries, asked, latents, coords)
+    return net.to_values(net.norm_out(x))
+
+
+def model_by_hand(model, x_t, out, t, coords, values):
+    """What NFDenoiser.forward answers for one image."""
+    out = out.clamp(0, 1)
+    coords = coords.clamp(0, 1)
+    bar = schedule.DiffusionSchedule().alphas_cumprod[t].view(1, 1, 1)
+    colours = torch.ones(1, 1).double()
+    if values.shape[2] == 3:  # brightness, red against blue, green against both; of length 1
+        colours = torch.tensor([[1, 1, 1], [1, 0, -2], [1, -1, 1]]).double()
+        colours /= torch.tensor([3, 2, 6]).sqrt()
     x_in = values @ colours
     mean = x_in.mean(1, keepdim=True)
     y_in = x_in - mean
@@ -2193,64 +2145,36 @@ def forward_by_hand(parts, offset):
     noise_variance = 1 / bar - 1
     y_image, y_out, variance = model.prior(coords, y_in, out, y_t, noise_variance)
     contrast = variance.sqrt()
-    return types.SimpleNamespace(**locals())  # by these names
-
-
-def features_by_hand(h):
-    """The U-Net's image, read bilinearly at the output coordinates."""
-    image = h.model.unet(h.image).flatten(2)
-    W = np.stack([bilinear_weights(coords, 32, 32) for coords in h.out])
-    features = torch.from_numpy(W).float() @ image.mT
-    return features.relu()
-
-
-def plane(coords, values):
-    """Two images with a value at the pixels nearest to coords, else 0."""
-    image = torch.zeros(2, 32, 32)
-    for b in range(2):
-        column, row = (31 * coords[b]).round().long().unbind(1)
-        image[b, row, column] = values[b]
-    return image
-
-
-def test_what_the_unet_is_given():
-    for case in FORWARD_CASES:
-        h = forward_by_hand(*case)
-        scale = h.contrast.view(2, 3, 1, 1)
-        close(h.image[:, :3], h.y_image / scale, 1e-4)
-        where_in, where_out, signal = h.image[:, 3:].unbind(1)
-        close(where_in, plane(h.coords, [1, 1]), 0)
-        close(where_out, plane(h.out, h.bar.flatten()), 1e-6)
-        close(signal, h.bar.sqrt().expand(2, 32, 32), 1e-6)
-
-
-def test_what_the_perceiver_is_given():
-    for case in FORWARD_CASES:
-        h = forward_by_hand(*case)
-        inputs, input_coords, queries, query_coords, log_w = h.given[h.model.perceiver]
-        time = h.model.embed_time(h.t)[:, None]
-        expected = [h.model.fourier(h.coords), h.y_in / h.contrast, time.expand(2, 30, 64)]
-        close(inputs, torch.cat(expected, 2), 1e-4)
-        expected = [h.model.fourier(h.out), h.y_out / h.contrast, time.expand(2, 20, 64),
-                    features_by_hand(h)]
-        close(queries, torch.cat(expected, 2), 1e-4)
-        assert torch.equal(input_coords, h.coords)
-        assert torch.equal(query_coords, h.out)
-        close(log_w, h.bar[:, 0].log(), 1e-6)
-
-
-def test_x_0_hat_is_the_mean_and_networks_times_std():
-    for case in FORWARD_CASES:
-        h = forward_by_hand(*case)
-        unexplained = h.variance * (0.07 if "gaussian" in h.parts else 0.36)
-        std = (1 / unexplained + 1 / h.noise_variance) ** -0.5
-        answer = h.model.unet_to_values(features_by_hand(h))
-        answer = answer + h.model.perceiver(*h.given[h.model.perceiver])
-        x_0_hat = h.mean + h.y_out + std * answer
-        close(h.x_0_hat, x_0_hat @ h.colours.T, 1e-4)
-
-
-# What every model does
+    answer = 0
+    features = []
+    if model.unet:
+        picture = y_image / contrast.mT[..., None]
+        signal = bar.sqrt().expand(1, 1, 16, 16)
+        planes = [picture, plane(coords, 1), plane(out, bar), signal]
+        first = model.unet.first(torch.cat(planes, 1))
+        image = unet_by_hand(model.unet, first)
+        W = torch.from_numpy(bilinear_weights(out[0], 16, 16))
+        features = [(W @ image.flatten(2).mT).relu()]
+        answer = model.unet_to_values(features[0])
+    if model.perceiver:
+        time = model.embed_time(t)[None]
+        inputs = [
+            model.fourier(coords),
+            y_in / contrast,
+            time.expand(1, y_in.shape[1], 64)]
+        queries = [
+            model.fourier(out),
+            y_out / contrast,
+            time.expand(1, 20, 64),
+            *features]
+        inputs = torch.cat(inputs, 2)
+        queries = torch.cat(queries, 2)
+        log_w = bar[0].log()
+        answer = answer + perceiver_by_hand(
+            model.perceiver, inputs, coords, queries, out, log_w)
+    unexplained = model.prior.unexplained * variance
+    std = (1 / unexplained + 1 / noise_variance) ** -0.5
+    return (mean + y_out + std * answer) @ colours.T
 
 
 def combinations_of_parts():
@@ -2258,41 +2182,54 @@ def combinations_of_parts():
         yield from itertools.combinations(nf_denoiser.PARTS, count)
 
 
-def test_every_combination_of_parts_answers_for_every_output_pixel():
+def every_model():
+    """All parts; placed latents and free ones; a channel or three; pixels beside the grid."""
     for parts in combinations_of_parts():
-        for channels in (1, 3):
-            model = tiny_field(parts, channels)
-            x_0_hat = model(*random_problem(channels=channels))
-            assert x_0_hat.shape == (2, 20, channels) and x_0_hat.isfinite().all()
-            assert (model.unet is not None) == ("unet" in parts)
-            assert (model.perceiver is not None) == ("perceiver" in parts)
+        for channels, n_in, offset, num_latents in (
+                (1, 2, 0, 4),
+                (3, 30, 0.4 / 15, None),
+                (3, 30, -0.4 / 15, None)):  # the nearest pixels stay the same
+            model = tiny_field(parts, channels, num_latents=num_latents)
+            x_t, out, t, coords, values = random_problem(n_in, channels)
+            out[:, 1] = out[:, 0]  # one place twice
+            problem = x_t, out + offset, t + 0.9, coords + offset, values
+            yield large_answers(model).double(), [x.double() for x in problem]
 
 
-def test_every_weight_learns():
+def test_every_model_written_out():
+    """The second of two images must have the answer that it has alone. t is rounded down."""
+    for model, problem in every_model():
+        got = model(*problem)[1:]
+        x_t, out, t, *known = (x[1:] for x in problem)
+        expected = model_by_hand(model, x_t, out, t.long(), *known)
+        close(got, expected, 1e-4)
+        weights = list(model.parameters())
+        assert got.requires_grad == bool(weights)
+        if weights:
+            first = torch.autograd.grad(got.sum(), weights)
+            second = torch.autograd.grad(expected.sum(), weights)
+            assert all(gradient.any() for gradient in first)
+            torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_model_is_made_of():
     for parts in combinations_of_parts():
-        for num_latents in (None, 8):
-            model = tiny_field(parts, num_latents=num_latents, num_blocks=2)
-            x_0_hat = model(*random_problem())
-            if parts == ("gaussian",):
-                assert not x_0_hat.requires_grad and not list(model.parameters())
-                continue
-            x_0_hat.square().mean().backward()
-            for name, weight in model.named_parameters():
-                assert weight.grad.abs().max() > 0, (parts, name)
+        model = tiny_field(parts)
+        assert bool(model.unet) == ("unet" in parts)
+        assert bool(model.perceiver) == ("perceiver" in parts)
+        expected = 0.36
+        if "gaussian" in parts:
+            expected = 0.07
+            K = nf_denoiser.exponential_covariance(16)
+            assert torch.equal(model.prior.covariance, K)
+        assert model.prior.unexplained == expected
+    for num_latents in (None, 4):
+        for module in tiny_field(num_latents=num_latents).modules():
+            if isinstance(module, nf_denoiser.Attention):
+                assert (module.log_reach is None) == (num_latents == 4)
 
 
-def test_the_weights_of_the_last_layers_start_small():
-    model = tiny_field()
-    for layer in (model.unet_to_values, model.perceiver.to_values):
-        close(layer.weight.std(), 0.01, 0.005)
-
-
-def test_only_the_perceiver_has_dropout():
-    for parts in combinations_of_parts():
-        model = tiny_field(parts, dropout=0.5)
-        in_training = model.train()(*random_problem())
-        evaluated = model.eval()(*random_problem())
-        assert torch.equal(in_training, evaluated) == ("perceiver" not in parts)
+# What every model does
 
 
 def test_bf16_autocast_stays_close():
@@ -2306,165 +2243,127 @@ def test_bf16_autocast_stays_close():
         close(rounded, exact, 0 if parts == ("gaussian",) else 0.01)
 
 
-def test_t_may_be_float():
-    """As in the document. It is rounded down."""
-    model = large_answers(tiny_field())
-    x_t, out, t, coords, values = random_problem()
-    expected = model(x_t, out, t, coords, values)
-    for same in (t.float(), t + 0.9):
-        assert torch.equal(model(x_t, out, same, coords, values), expected)
-
-
 def test_at_the_last_timestep_x_t_does_not_matter():
     for parts in combinations_of_parts():
         model = large_answers(tiny_field(parts))
-        x_t, out, t, *given = random_problem()
-        last = torch.full_like(t, 999)
-        pure_noise = model(None, out, last, *given)
-        for noise_ in (x_t, -3 * x_t):
-            close(model(noise_, out, last, *given), pure_noise, 5e-3)
-        early = model(x_t, out, last // 3, *given)
-        assert (early - pure_noise).abs().max() > 0.05
+        x_t, out, _, *given = random_problem()
+        last = torch.tensor([999, 999])
+        expected = model(None, out, last, *given)
+        for noisy in (x_t, -3 * x_t):
+            close(model(noisy, out, last, *given), expected, 5e-3)
 
 
-def test_images_of_a_batch_do_not_mix():
+def test_every_device_type_that_torch_has():
     model = large_answers(tiny_field())
-    problem = random_problem(batch=3)
-    alone = [x[1:2] for x in problem]
-    close(model(*alone), model(*problem)[1:2], 1e-4)
+    problem = random_problem()
+    expected = model(*problem)
+    for device in ("cpu", "cuda", "mps"):
+        if getattr(torch, device).is_available():
+            got = model.to(device)(*(x.to(device) for x in problem))
+            assert got.device.type == device
+            close(got.cpu(), expected, 1e-3)
 
 
-def test_from_pure_noise_output_pixels_do_not_mix():
-    """The U-Net sees which pixels are asked, so this is about the other parts."""
-    model = large_answers(tiny_field(("gaussian", "perceiver")))
-    _, out, t, *given = random_problem()
-    together = model(None, out, t, *given)
-    close(model(None, out[:, :3], t, *given), together[:, :3], 1e-4)
-
-
-def test_any_number_of_pixels_anywhere():
-    model = tiny_field()
-    for n_in, n_out in ((1, 1), (1, 7), (50, 3), (204, 204)):
-        x_t, out, t, coords, values = random_problem(3, n_in, n_out)
-        off_grid = coords**2
-        for places in (coords, off_grid):
-            x_0_hat = model(x_t, out, t, places, values)
-            assert x_0_hat.shape == (3, n_out, 3) and x_0_hat.isfinite().all()
+def test_no_tensor_is_left_on_the_cpu():
+    model = tiny_field(("unet", "perceiver")).to("meta")  # it stands for a GPU
+    problem = [x.to("meta") for x in random_problem()]
+    with patched(torch, autocast=lambda *_, **options: contextlib.nullcontext()):
+        assert model(*problem).is_meta
 
 
 def test_wrong_shapes_get_one_ValueError():
-    """Each argument, shortened along each of its dimensions."""
+    """Each argument, shortened along each of its dimensions, or flat."""
     model = tiny_field()
     problem = random_problem()
     for i, x in enumerate(problem):
         for dim, size in enumerate(x.shape):
-            wrong = list(problem)
-            wrong[i] = x.narrow(dim, 0, size - 1)
-            raises(ValueError, lambda: model(*wrong), "shapes")
-    x_t, out, t, coords, values = problem
-    raises(ValueError, lambda: model(x_t, out, t, coords[:, :0], values[:, :0]), "at least one")
-    raises(ValueError, lambda: model(None, out[:1], t, coords, values), "shapes")
+            for wrong in (x.narrow(dim, 0, size - 1), x.flatten()[1:]):
+                arguments = list(problem)
+                arguments[i] = wrong
+                raises(ValueError, lambda: model(*arguments), "need the shapes")
+    raises(ValueError, lambda: model(*random_problem(n_in=0)), "at least one input pixel")
+    assert model(*random_problem(n_in=1)).isfinite().all()
 
 
-def test_unknown_parts_and_odd_sides_are_refused():
-    for parts in ((), ("gaussian", "nose"), "unet"):
+def test_sizes_and_parts_that_cannot_be_are_refused():
+    for parts in ((), "unet", ("gaussian", "nose")):
         raises(ValueError, lambda: tiny_field(parts), "gaussian, unet, perceiver")
-    raises(ValueError, lambda: tiny_field(side=33), 2, 33)  # the U-Net cannot halve it
-    tiny_field(("gaussian", "perceiver"), side=33)
+    raises(ValueError, lambda: tiny_field(side=34), 4, 34)  # the U-Net cannot halve it
+    tiny_field(("gaussian", "perceiver"), side=34)
+    raises(ValueError, lambda: nf_denoiser.Attention(32, 3), 32, 3)
+    raises(ValueError, lambda: nf_denoiser.Attention(24, 4, placed=True), 24, 16)
+    raises(ValueError, lambda: nf_denoiser.SinusoidalTimeEmbedding(7), 7)
 
 
 def test_the_full_size_has_the_perceiver_of_the_document():
     bars = schedule.DiffusionSchedule().alphas_cumprod
     by_default = nf_denoiser.NFDenoiser(bars)
-    assert by_default.perceiver.latents.shape == (512, 512)
-    assert len(by_default.perceiver.processor) == 6
-    assert by_default.perceiver.encoder.attention.num_heads == 8
-    assert by_default.perceiver.encoder.mlp[-1].p == 0.1
-    assert by_default.fourier.B.shape == (2, 256)
     full = nf_denoiser.NFDenoiser(bars, **nf_denoiser.SIZES["full"])
     assert repr(full) == repr(by_default)
+    net = full.perceiver
+    assert net.latents.shape == (512, 512) and len(net.processor) == 6
+    assert net.encoder.attention.num_heads == 8
+    assert net.encoder.mlp[-1].p == 0.1  # dropout
+    assert full.fourier.B.shape == (2, 256)
 
 
 def test_nf_denoiser_prints_the_parameters_of_each_part():
-    with folder() as root:
-        printed = works(nf_denoiser, "").replace(",", "")
-        assert not files_in(root)
+    printed = works(nf_denoiser, "")
     for name, config in nf_denoiser.SIZES.items():
         model = nf_denoiser.NFDenoiser(torch.ones(9), **config)
-        count = lambda module: sum(weight.numel() for weight in module.parameters())
-        section = printed.split(f"{name}: ")[1].splitlines()
-        assert section[0].startswith(f"{count(model)} parameters")
-        figures = dict(line.split() for line in section[1:7])
-        assert int(figures["unet"]) == count(model.unet)
-        assert int(figures["perceiver"]) == count(model.perceiver)
+        _, section = printed.split(f"{name}: ")
+        for part, module in (("", model), ("unet", model.unet), ("perceiver", model.perceiver)):
+            count = sum(weight.numel() for weight in module.parameters())
+            assert re.search(rf"{part} *{count:,}\b", section)
 
 
 # ------------------------------------------------------------------ loss, samplers, evaluation
 
 
-def a_split(batch=4):
-    images, _ = data.make_leaves(batch, 0)
-    return data.sparse_split(images, generator=seeded())
+def where(split):
+    return split["output_coords"], split["input_coords"], split["input_values"]
 
 
-def error_of(model, split, x_t, t):
-    """The mean squared error of x_0_hat."""
-    x_0_hat = model(x_t, split["output_coords"], t, split["input_coords"], split["input_values"])
-    return (x_0_hat - split["output_values"]).square().mean()
+def test_the_loss_written_out():
+    """DDPM, algorithm 1, for x_0 instead of eps; t = T - 1 trains the one-step mean.
 
-
-def test_loss_of_a_random_timestep_written_out():
-    """DDPM, algorithm 1, for x_0 instead of eps."""
-    model, split, sched = tiny_field(), a_split(), schedule.DiffusionSchedule()
+    Each of several processes draws t and eps for all images, and uses those of its rows.
+    """
+    model = tiny_field()
+    sched = schedule.DiffusionSchedule()
+    split = data.sparse_split(data.make_leaves(4, 0)[0])
     x_0 = split["output_values"]
-    torch.manual_seed(5)
-    loss = nf_denoiser.nf_loss(model, sched, split, pure_noise=False)
-    torch.manual_seed(5)
-    t = torch.randint(0, 1000, (4,))
-    eps = torch.randn(x_0.shape)
-    alpha_bar = sched.alphas_cumprod[t].float()[:, None, None]
-    x_t = alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * eps
-    close(loss, error_of(model, split, x_t, t), 1e-5)
-
-
-def test_loss_of_pure_noise_written_out():
-    """t = T - 1, where x_t is not even made. This trains the one-step mean."""
-    model, split, sched = tiny_field(), a_split(), schedule.DiffusionSchedule(50)
-    loss = nf_denoiser.nf_loss(model, sched, split, pure_noise=True)
-    t = torch.full((4,), 49)
-    close(loss, error_of(model, split, None, t), 1e-6)
-
-
-def test_losses_of_shares_of_a_batch_average_to_its_loss():
-    """Each of several processes draws t and noise for all rows, and uses its own."""
-    model, split, sched = tiny_field(), a_split(), schedule.DiffusionSchedule()
-
-    def loss(rows, pure_noise):
+    rows = slice(1, 4, 2)
+    for pure_noise in (False, True):
         torch.manual_seed(5)
-        return nf_denoiser.nf_loss(model, sched, split, pure_noise, rows)
+        loss = nf_denoiser.nf_loss(model, sched, split, pure_noise, rows)
+        torch.manual_seed(5)
+        if pure_noise:
+            t = torch.tensor([999, 999])
+            x_t = None
+        else:
+            t = torch.randint(0, 1000, (4,))
+            x_t = sched.q_sample(x_0, t, torch.randn(x_0.shape))
+            t = t[rows]
+            x_t = x_t[rows]
+        out, coords, values = (x[rows] for x in where(split))
+        x_0_hat = model(x_t, out, t, coords, values)
+        error = x_0_hat - x_0[rows]
+        close(loss, error.square().mean(), 1e-5)
 
-    for pure_noise in (True, False):
-        first, second = loss(slice(0, 2), pure_noise), loss(slice(2, 4), pure_noise)
-        close((first + second) / 2, loss(slice(None), pure_noise), 1e-5)
-        assert abs(first - second) > 1e-4
 
-
-def test_the_documents_training_loop():
+def test_the_documents_training_and_sampling():
     """As in the notebook, with the float timesteps and the names that it uses."""
-    model = tiny_field(("unet", "perceiver"))
+    model = tiny_field()
     sched = schedule.DiffusionSchedule(timesteps=1000)
-    split = a_split(8)
-    output_coords, output_values = split["output_coords"], split["output_values"]
-    input_coords, input_values = split["input_coords"], split["input_values"]
-
-    def loss_of_one_draw():
-        torch.manual_seed(5)
-        return nf_denoiser.nf_loss(model.eval(), sched, split, pure_noise=False).item()
-
-    before = loss_of_one_draw()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    split = data.sparse_split(data.make_leaves(4, 0)[0], 0.1, 0.1)
+    output_coords, input_coords, input_values = where(split)
+    output_values = split["output_values"]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    losses = []
     B = len(output_values)
     for step in range(12):
+        torch.manual_seed(5)  # the same draw again, so that losses can be compared
         t = torch.randint(0, sched.timesteps, (B,)).float()
         noise = torch.randn_like(output_values)
         sqrt_alpha_t = sched.sqrt_alphas_cumprod[t.long()].view(B, 1, 1)
@@ -2475,110 +2374,61 @@ def test_the_documents_training_loop():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    after = loss_of_one_draw()
-    assert after < 0.9 * before, (before, after)
-
-
-def test_the_documents_sampling():
-    split = a_split()
-    sched = schedule.DiffusionSchedule()
-    output_coords = split["output_coords"]
-    input_coords, input_values = split["input_coords"], split["input_values"]
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0], losses
     samples = nf_denoiser.ddim_sample(tiny_field(), sched, output_coords, input_coords,
                                       input_values, num_steps=5, eta=0.0)
-    error = samples - split["output_values"]
-    assert error.square().mean() < 0.5 * split["output_values"].square().mean()
+    assert F.mse_loss(samples, output_values) < 0.5 * output_values.square().mean()
 
 
 def test_the_one_step_mean_averages_the_image_and_its_mirror_image():
     sched = schedule.DiffusionSchedule(20)
-    out, coords, values = torch.rand(2, 5, 2), torch.rand(2, 3, 2), torch.rand(2, 3, 1)
-    calls, weight = [], torch.ones(1, requires_grad=True)
+    weight = torch.ones(1, requires_grad=True)
 
-    def model(*given):
-        calls.append(given)
-        output_coords = given[1]
-        return weight * output_coords**2
+    def model(x_t, out, t, coords, values):
+        assert x_t is None and t.tolist() == [19]
+        return weight * (out**2 + coords**3 + values)
 
-    mean = nf_denoiser.one_step_mean(model, sched, out, coords, values)
-    mirror = lambda places: torch.stack([1 - places[..., 0], places[..., 1]], 2)
-    close(mean, (out**2 + mirror(out) ** 2) / 2, 1e-6)
-    assert not mean.requires_grad
-    plain, mirrored = calls
-    assert torch.equal(plain[3], coords) and torch.equal(mirrored[3], mirror(coords))
-    for x_t, _, t, _, input_values in calls:
-        assert x_t is None and t.tolist() == [19, 19] and input_values is values
+    out, coords, values = torch.tensor([[0.2, 0.7], [0.6, 0.3], [5, 6]])[:, None, None]
+    got = nf_denoiser.one_step_mean(model, sched, out, coords, values)
+    x = (0.2**2 + 0.8**2 + 0.6**3 + 0.4**3) / 2
+    y = 0.7**2 + 0.3**3
+    close(got[0, 0], [x + 5, y + 6], 1e-6)
+    assert not got.requires_grad
 
 
-def model_and_where():
-    """A model that answers 0.9 x_t + t where it is to be asked, and these output and inputs."""
-    where = torch.rand(2, 5, 2), torch.rand(2, 3, 2), torch.rand(2, 3, 1)
+def test_samplers_of_the_field_start_from_noise_at_the_output_pixels():
+    """Otherwise, and in their defaults, they are those of schedule.py."""
+    sched = schedule.DiffusionSchedule(100)
+    places = torch.rand(2, 5, 2), torch.rand(2, 3, 2), torch.rand(2, 3, 1)
 
-    def model(x_t, output_coords, t, input_coords, input_values):
-        given = output_coords, input_coords, input_values
-        assert all(a is b for a, b in zip(given, where))
+    def model(x_t, output_coords, t, *known):
+        assert (output_coords, *known) == places
         return nine_tenths_plus_t(x_t, t)
 
-    return model, where
-
-
-def test_ddim_sample_starts_from_noise_at_the_output_pixels():
-    sched = schedule.DiffusionSchedule(20)
-    model, where = model_and_where()
-    g, told = seeded(), []
-    x_T = torch.randn(2, 5, 1, generator=g)  # a number for each output pixel and channel
-    expected = schedule.ddim(nine_tenths_plus_t, sched, x_T, 4, 0.5, g)
-    got = nf_denoiser.ddim_sample(model, sched, *where, num_steps=4, eta=0.5, generator=seeded(),
-                                  on_step=record(told))
-    assert torch.equal(got, expected) and len(told) == 4
-
-
-def test_ddim_sample_takes_50_steps_without_new_noise_by_default():
-    sched = schedule.DiffusionSchedule(100)
-    model, where = model_and_where()
-    torch.manual_seed(0)
-    got = nf_denoiser.ddim_sample(model, sched, *where)
-    torch.manual_seed(0)
-    x_T = torch.randn(2, 5, 1)
-    expected = schedule.ddim(nine_tenths_plus_t, sched, x_T, num_steps=50, eta=0)
-    assert torch.equal(got, expected)
-
-
-def test_ddpm_sample_takes_all_steps():
-    sched = schedule.DiffusionSchedule(20)
-    model, where = model_and_where()
-    g, told = seeded(), []
-    x_T = torch.randn(2, 5, 1, generator=g)
-    expected = schedule.ddpm(nine_tenths_plus_t, sched, x_T, generator=g)
-    got = nf_denoiser.ddpm_sample(model, sched, *where, generator=seeded(), on_step=record(told))
-    assert torch.equal(got, expected) and len(told) == 20
+    for name, options in (
+            ("ddim", dict(num_steps=4, eta=0.5)),
+            ("ddim", {}),
+            ("ddpm", {})):
+        g = seeded()
+        x_T = torch.randn(2, 5, 1, generator=g)  # a number for each output pixel and channel
+        sampler = getattr(schedule, name)
+        expected = sampler(nine_tenths_plus_t, sched, x_T, generator=g, **options)
+        sampler = getattr(nf_denoiser, f"{name}_sample")
+        got = sampler(model, sched, *places, generator=seeded(), **options)
+        assert torch.equal(got, expected)
 
 
 def test_nearest_and_inverse_distance_by_hand():
-    coords, values = torch.tensor([[[0.0, 0.0], [1.0, 0.0]]]), torch.tensor([[[1.0], [3.0]]])
-    query = torch.tensor([[[0.2, 0.0], [0.9, 0.1], [0.5, 0.7]]])
-    close(sample.nearest(query, coords, values), [[[1.0], [3.0], [1.0]]], 0)
-    got = sample.inverse_distance(query, coords, values, power=2)
-    close(got[0, 0], [(1 / 0.04 + 3 / 0.64) / (1 / 0.04 + 1 / 0.64)], 1e-5)
-    close(got[0, 2], [2.0], 1e-5)
-    query[:, 1:] = coords  # the inputs themselves
-    got = sample.inverse_distance(query, coords, values)  # power 4
-    close(got[0, :, 0], [(256 + 3) / (256 + 1), 1, 3], 1e-5)
-
-
-def test_kriging_against_numpy():
-    for side in (32, 8):
-        images = data.make_leaves(1, 3)[0][..., :side, :side]
-        split = data.sparse_split(images, 0.1, None)
-        K = nf_denoiser.exponential_covariance(side)
-        where = split["output_coords"], split["input_coords"], split["input_values"]
-        W = bilinear_weights(split["input_coords"][0], side, side)
-        outputs = split["output_indices"][0].numpy()
-        for c in range(3):
-            x_in = split["input_values"][0, :, c].double().numpy()
-            noise_ = np.full(len(x_in), 1e-3)
-            image = numpy_posterior(K.double().numpy(), W, x_in - x_in.mean(), noise_) + x_in.mean()
-            close(sample.kriging(*where, K)[0, :, c], image[outputs], 1e-3)
+    coords = torch.rand(1, 30, 2)
+    values = torch.rand(1, 30, 3)
+    out = torch.cat([torch.rand(1, 50, 2), coords], 1)  # the inputs themselves, too
+    distance = (out[0, :, None] - coords).norm(dim=2)
+    expected = values[:, distance.argmin(1)]
+    close(sample.nearest(out, coords, values), expected, 0)
+    weights = 1 / distance.clamp(min=1e-6) ** 4
+    expected = weights @ values / weights.sum(1, keepdim=True)
+    close(sample.inverse_distance(out, coords, values), expected, 1e-3)
 
 
 def drawing(model, sched, seed=0, **options):
@@ -2591,173 +2441,126 @@ def drawing(model, sched, seed=0, **options):
     return draw
 
 
-def where(split):
-    return split["output_coords"], split["input_coords"], split["input_values"]
+# Stand-ins for a model and a sampler, whose answers are partly out of [-1, 1]
 
 
-def coordinates_as_colours(x_t, output_coords, *_):
-    """A stand-in for a model, whose answers are partly above 1."""
-    return torch.cat([output_coords, output_coords[..., :1]], 2) * 3 - 1
+def shepard_model(x_t, output_coords, t, *known):
+    return 1.5 * sample.inverse_distance(output_coords, *known)
+
+
+def shepard_draw(*where):
+    return 2 * sample.inverse_distance(*where)
+
+
+def test_what_each_method_answers():
+    """The rest of a sample is the mean, given the input and the pixels that were drawn."""
+    split, _ = sample.split_images(data.make_leaves(2, 7)[0], torch.arange(2))
+    out, *known = where(split)
+    sched = schedule.DiffusionSchedule(20)
+    K = nf_denoiser.exponential_covariance(32)
+    expected = {
+        "one-step mean": shepard_model(None, out, None, *known),
+        "kriging": sample.kriging(out, *known, K),
+        "inverse distance": sample.inverse_distance(out, *known),
+        "nearest": sample.nearest(out, *known)}
+    answers = sample.reconstruct(shepard_model, sched, split)
+    assert list(answers) == list(expected)
+    for n_drawn in (204, 820):
+        drawn, rest = out.split([n_drawn, 820 - n_drawn], 1)
+        values = shepard_draw(drawn, *known).clamp(-1, 1)
+        then_known = torch.cat([known[0], drawn], 1), torch.cat([known[1], values], 1)
+        mean = shepard_model(None, rest, None, *then_known)
+        expected["sample"] = torch.cat([values, mean], 1)
+        answers = sample.reconstruct(shepard_model, sched, split, shepard_draw, n_drawn)
+        for method in expected:
+            close(answers[method], expected[method].clamp(-1, 1), 1e-4)
 
 
 def test_every_row_of_the_table_worked_out_again():
-    images, sched, answer = data.make_leaves(5, 7)[0], schedule.DiffusionSchedule(20), \
-        coordinates_as_colours
-    draw = drawing(answer, sched, num_steps=2)
-    table = sample.evaluate_field(answer, sched, images, draw, seed=3, batch=2)
-    assert list(table) == ["one-step mean", "sample", "kriging", "inverse distance", "nearest"]
-    split = data.sparse_split(images, 0.2, None, order=data.fixed_order(3, torch.arange(5), 1024))
-    coords, places, truth = split["output_coords"], split["output_indices"], split["full_image"]
-    mirrored = coords * torch.tensor([-1.0, 1]) + torch.tensor([1.0, 0])
-    plain = answer(None, coords)
-    mean = (plain + answer(None, mirrored)) / 2
-    K = nf_denoiser.exponential_covariance(32)
-    answers = {"one-step mean": mean, "sample": torch.cat([plain[:, :204], mean[:, 204:]], 1),
-               "kriging": sample.kriging(*where(split), K),
-               "nearest": sample.nearest(*where(split)),
-               "inverse distance": sample.inverse_distance(*where(split))}
-    for name, values in answers.items():
-        index = places[:, None].expand(-1, 3, -1)
-        image = truth.flatten(2).scatter(2, index, values.clamp(-1, 1).mT).view_as(truth)
-        measured = index[:, :, :204]
-        error = (image - truth).flatten(2).gather(2, measured).double() / 2
-        close(table[name]["mse"], error.square().mean(), 1e-6)
-        close(table[name]["mae"], error.abs().mean(), 1e-6)
-        close(table[name]["psnr"], -10 * error.square().mean().log10(), 1e-3)
-        close(table[name]["ssim"], noise.ssim(image / 2 + 0.5, truth / 2 + 0.5).mean(), 1e-5)
-
-
-def test_without_a_sampler_there_is_no_row_of_samples():
-    images, sched = data.make_leaves(2, 7)[0], schedule.DiffusionSchedule(20)
-    table = sample.evaluate_field(coordinates_as_colours, sched, images)
-    assert list(table) == ["one-step mean", "kriging", "inverse distance", "nearest"]
-
-
-def test_images_of_one_batch_or_several_have_the_same_figures():
-    images, sched = data.make_leaves(5, 7)[0], schedule.DiffusionSchedule(20)
-    for options in ({}, dict(pixels="anywhere", full=True)):
-        tables = []
-        for batch in (2, 25):
-            tables.append(sample.evaluate_field(coordinates_as_colours, sched, images, batch=batch,
-                                                **options))
-        equal(*tables, 1e-5)
-
-
-def recorded_questions(draws, n_drawn, **options):
-    """What a model is asked while a split of 5 images is reconstructed: (split, answers, asked)."""
-    images, sched, asked = data.make_leaves(5, 7)[0], schedule.DiffusionSchedule(20), []
-
-    def model(*given):
-        asked.append(given)
-        return coordinates_as_colours(*given)
-
-    split, n_out = sample.split_images(images, torch.arange(5), 3, **options)
-    assert n_out == n_drawn
-    return split, sample.reconstruct(model, sched, split, draws(model, sched), n_out), asked
-
-
-def test_the_rest_of_the_image_is_the_mean_given_the_input_and_the_sample():
-    draws = lambda model, sched: drawing(model, sched, num_steps=2)
-    split, answers, asked = recorded_questions(draws, 204)
-    assert [x_t is None for x_t, *_ in asked] == [1, 1, 0, 0, 1, 1]
-    for _, _, _, input_coords, input_values in asked:
-        assert torch.equal(input_values[:, :204], split["input_values"])
-    for x_t, coords, *_ in asked[2:4]:  # the steps of the sampler
-        assert x_t.shape[1] == 204 and torch.equal(coords, split["output_coords"][:, :204])
-    _, coords, t, input_coords, input_values = asked[4]
-    assert (t == 19).all() and torch.equal(coords, split["output_coords"][:, 204:])
-    assert torch.equal(input_coords[:, 204:], split["output_coords"][:, :204])
-    sampled = coordinates_as_colours(None, split["output_coords"][:, :204]).clamp(-1, 1)
-    close(input_values[:, 204:], sampled, 1e-6)
-    close(answers["sample"][:, :204], sampled, 1e-6)
-
-
-def test_full_draws_all_missing_pixels_jointly():
-    def draws(model, sched):
-        return lambda *where: nf_denoiser.ddpm_sample(model, sched, *where)
-
-    split, answers, asked = recorded_questions(draws, 820, full=True)
-    assert len(asked) == 2 + 20  # the mean and its mirror image, all timesteps
-    assert all(call[1].shape[1] == 820 for call in asked)
+    """Of 204 pixels of an image or, with full, of all that are missing."""
+    images = data.make_leaves(5, 7)[0]
+    sched = schedule.DiffusionSchedule(20)
+    for options in (dict(seed=3), dict(full=True), dict(pixels="anywhere", input_ratio=0.3)):
+        table = sample.evaluate_field(
+            shepard_model, sched, images, shepard_draw, batch=2, **options)
+        split, n_out = sample.split_images(images, torch.arange(5), **options)
+        answers = sample.reconstruct(shepard_model, sched, split, shepard_draw, n_out)
+        assert list(table) == list(answers)
+        for method, values in answers.items():
+            error = (values - split["output_values"])[:, :n_out] / 2
+            mse = error.double().square().mean()
+            image = sample.assemble(split, values)
+            similarity = noise.ssim(image, split["full_image"] / 2 + 0.5)
+            row = table[method]
+            close(row["mse"], mse, 1e-6)
+            close(row["mae"], error.abs().mean(), 1e-6)
+            close(row["psnr"], -10 * mse.log10(), 1e-4)
+            close(row["ssim"], similarity.mean(), 1e-5)
 
 
 def test_a_split_of_images_has_the_input_where_it_is_wanted():
     images = data.make_leaves(3, 7)[0]
     indices = torch.tensor([7, 0, 2])
-    for ratio, n_in, n_out in ((0.2, 204, 204), (0.05, 51, 204), (0.9, 921, 103)):
-        split, count = sample.split_images(images, indices, 5, ratio)
+    for ratio, full, n_out in ((0.2, False, 204), (0.9, False, 103), (0.05, True, 973)):
+        split, count = sample.split_images(images, indices, 5, ratio, full)
         order = data.fixed_order(5, indices, 1024)
-        assert torch.equal(split["input_indices"], order.argsort(1)[:, :n_in]) and count == n_out
-        split, count = sample.split_images(images, indices, 5, ratio, pixels="anywhere")
-        order = data.fixed_order(5, indices, 1024 + 2 * n_in)
-        expected = data.off_grid_split(images, ratio, None, order=order)
-        assert all(torch.equal(split[key], value) for key, value in expected.items())
-        assert count == 204 and split["output_coords"].shape[1] == 1024
-        _, count = sample.split_images(images, indices, 5, ratio, True, "anywhere")
-        assert count == 1024
+        expected = data.sparse_split(images, ratio, None, order=order)
+        equal(split, expected)
+        assert count == n_out
+    for full, n_out in ((False, 204), (True, 1024)):
+        split, count = sample.split_images(images, indices, 5, 0.05, full, "anywhere")
+        order = data.fixed_order(5, indices, 1024 + 2 * 51)
+        expected = data.off_grid_split(images, 0.05, None, order=order)
+        equal(split, expected)
+        assert count == n_out
 
 
 def test_the_whole_image_keeps_its_input_pixels():
-    split, _ = sample.split_images(data.make_leaves(3, 7)[0], torch.arange(3))
-    truth = data.to_unit(split["full_image"])
-    values = torch.full_like(split["output_values"], 0.5)
-    for count, image in ((0, sample.assemble(split)), (820, sample.assemble(split, values)),
-                         (100, sample.assemble(split, values[:, :100]))):
-        for i in range(3):
-            inputs, outputs = (split[f"{name}_indices"][i] for name in ("input", "output"))
-            flat = image[i].flatten(1)
-            assert torch.equal(flat[:, inputs], truth[i].flatten(1)[:, inputs])
-            assert (flat[:, outputs[:count]] == 0.75).all()
-            assert (flat[:, outputs[count:]] == 0.5).all()  # grey
+    images = data.make_leaves(3, 7)[0]
+    split, _ = sample.split_images(images, torch.arange(3))
+    values = torch.full((3, 100, 3), 0.5)
+    for count, whole in (
+            (0, sample.assemble(split)),
+            (100, sample.assemble(split, values))):
+        for i, image in enumerate(whole):
+            truth = images[i].flatten(1)
+            pixels = image.flatten(1)
+            inputs = split["input_indices"][i]
+            outputs = split["output_indices"][i]
+            close(pixels[:, inputs], truth[:, inputs] / 255, 1e-6)
+            assert (pixels[:, outputs[:count]] == 0.75).all()
+            close(pixels[:, outputs[count:]], 0.5, 0)  # grey
 
 
 def test_covered_counts_the_middle_ranks():
-    samples = torch.arange(1.0, 21)[:, None]  # 1 to 20
-    truth = torch.tensor([0.5, 1.5, 2, 10.5, 19, 19.5, 20.5])
-    assert sample.covered(samples, truth).tolist() == [0, 1, 1, 1, 1, 1, 0]
-    one = torch.ones(4, 1)
-    assert sample.covered(one, torch.tensor([1.0])) == 1  # equal to the truth is not beside it
-    assert sample.covered(one, torch.tensor([1.1])) == 0
-
-
-def exact_model(sched, variance):
-    """The exact denoiser of pixels that are independent, N(0, variance)."""
-    def model(x_t, output_coords, t, input_coords, input_values):
-        if x_t is None:
-            return torch.zeros(*output_coords.shape[:2], 3)
-        bar = sched.alphas_cumprod[t].view(-1, 1, 1).float()
-        return variance * bar.sqrt() / (bar * variance + 1 - bar) * x_t
-    return model
-
-
-def test_coverage_of_an_exact_sampler():
-    sched = schedule.DiffusionSchedule()
-    model = exact_model(sched, 0.09)
-    images = 0.3 * torch.randn(4, 3, 32, 32, generator=seeded())
-    draw = drawing(model, sched, num_steps=200)
-    figures, _ = sample.evaluate_samples(model, sched, images, draw, 32)
-    assert abs(figures["coverage"] - 29 / 33) < 0.02, figures  # 29 of the 33 ranks are inside
-    assert abs(figures["spread"] - 0.15) < 0.005, figures
-    close(figures["psnr_mean"], -10 * math.log10(0.15**2 * 33 / 32), 0.2)
+    samples = torch.arange(1.0, 33)[:, None]
+    truth = torch.arange(0.5, 33)  # has all ranks from 0 to 32
+    hits = sample.covered(samples, truth)
+    close(hits[2:31], 1, 0)
+    assert hits.sum() == 29
+    alike = torch.ones(4, 1)
+    truth = torch.tensor([1.0, 1.1])  # a sample equal to the truth is not beside it
+    assert sample.covered(alike, truth).tolist() == [1, 0]
 
 
 def test_the_figures_of_samples_are_those_of_the_measured_pixels():
-    images, sched = data.make_leaves(2, 7)[0], schedule.DiffusionSchedule(20)
-    for full, n_out in ((False, 204), (True, 512)):
-        values = torch.rand(2, 4, 512, 3, generator=seeded()) * 2 - 1
-        given = iter(values)
-        draw = lambda coords, *_: next(given)[:, :coords.shape[1]]
-        got, rows = sample.evaluate_samples(coordinates_as_colours, sched, images, draw, 4, seed=3,
-                                            input_ratio=0.5, full=full)
-        split, _ = sample.split_images(images, torch.arange(2), 3, 0.5)
-        truth = data.to_unit(split["output_values"])[:, None, :n_out]
-        samples = data.to_unit(values)[:, :, :n_out]  # (images, samples, N, C)
-        below = (samples < truth).sum(1)
-        close(got["coverage"], ((below > 0) & (below < 4)).double().mean(), 1e-6)
-        close(got["spread"], samples.std(1).mean(), 1e-6)
-        mse = (samples.mean(1) - truth[:, 0]).square().mean()
-        close(got["psnr_mean"], -10 * mse.log10(), 1e-3)
-        assert len(rows) == 2
+    images = data.make_leaves(2, 7)[0]
+    sched = schedule.DiffusionSchedule(20)
+    options = dict(seed=3, input_ratio=0.5)
+    values = torch.rand(2, 4, 204, 3) * 2 - 1  # four samples of either image
+    given = iter(values)
+    figures, rows = sample.evaluate_samples(
+        shepard_model, sched, images, lambda *_: next(given), 4, **options)
+    split, _ = sample.split_images(images, torch.arange(2), **options)
+    truth = split["output_values"][:, :204]
+    below = (values < truth[:, None]).sum(1)
+    covered = (below > 0) & (below < 4)
+    spread = values.std(1) / 2
+    mse = (values.mean(1) - truth).square().mean() / 4
+    close(figures["coverage"], covered.double().mean(), 1e-6)
+    close(figures["spread"], spread.mean(), 1e-6)
+    close(figures["psnr_mean"], -10 * mse.log10(), 1e-3)
+    assert len(rows) == 2
 
 
 # ------------------------------------------------------------------------------------ autoencoder
@@ -3983,7 +3786,7 @@ def test_a_photograph_is_restored_by_the_one_step_mean():
         expected = data.image_grid(rows, labels, **options)
         assert np.array_equal(pixels_of("out/nf/comparison.png"), pixels_of(expected))
         got = json.loads(Path("f.json").read_text())
-        pixels, known, _ = data.load_picture("photo.png", 3, None, 0.3, 2)
+        pixels, known, *_ = data.load_picture("photo.png", 3, None, 0.3, 2)
     truth = pixels / 255
     mean = lambda *given: nf_denoiser.one_step_mean(model, sched, *given)
     K = nf_denoiser.exponential_covariance(32)
@@ -4024,20 +3827,17 @@ def test_the_truth_under_a_mask_is_not_used():
         assert labels == ["given", "nearest", "kriging", "one-step mean"] and len(row) == 4
 
 
-def test_grey_photographs_stay_grey_and_large_ones_are_reduced():
+def test_grey_photographs_stay_grey():
     grey = data.make_glyphs(1, 0)[0][0, 0].numpy()
     with folder():
         save_field(channels=1, path="grey.pt", side=28)
         save_field()
         save_png("grey.png", grey)
-        save_png("wide.png", np.zeros((40, 1500, 3)))
         for model in ("m.pt", "grey.pt"):
             works(sample, f"{model} --image grey.png")
             with Image.open("out/nf/restored.png") as picture:
                 assert picture.mode == "L" and picture.size == (28, 28)
                 assert (pixels_of(picture) == grey).mean() >= 0.2
-        out, image = restored("wide.png")
-        assert "reduced" in out and image.shape == (27, 1024)
 
 
 def test_the_middle_of_a_photograph_is_sampled():
@@ -4051,6 +3851,23 @@ def test_the_middle_of_a_photograph_is_sampled():
         assert not Path("out/nf/restored.png").exists()
         refused(sample, "m.pt --image photo.png --size 33", "3 x 32 x 32", "(3, 33, 33)")
     close(drawn[0][0][0][0][4], square / 255, 1e-6)
+
+
+def test_transparent_pixels_of_a_sampled_picture_are_neither_given_nor_measured():
+    image, row = data.make_leaves(1, 0)[0], torch.arange(1024) // 32
+    for full, measured in ((False, 204), (True, 512 - 204)):
+        split, n_out = sample.split_images(image, torch.tensor([0]), full=full, unknown=row % 2 == 0)
+        used = torch.cat([split["input_indices"], split["output_indices"][:, :n_out]], dim=1)
+        assert n_out == measured and (row[used] % 2 == 1).all()
+    sprite = np.dstack([bytes_((32, 32, 3)), np.repeat([0, 255], [768, 256]).reshape(32, 32)])
+    with folder():
+        save_field()
+        save_png("sprite.png", sprite)
+        out = works(sample, "m.pt --image sprite.png --size 32 --steps 2")
+        assert "204 pixels given, 52 measured" in out
+        refused(sample, "m.pt --image sprite.png --size 32 --pixels anywhere", "768", "transparent")
+        save_png("sprite.png", sprite[:25])
+        refused(sample, "m.pt --image sprite.png --size 32", "transparent")
 
 
 def test_photographs_that_cannot_be_restored_leave_the_last_result():
