@@ -131,8 +131,7 @@ def train_autoencoder(model, images, corrupt, epochs=10, batch_size=512, lr=6e-3
 
 
 # ===================== below: the lab, its tables and pictures, command line
-# A corruption is a function(images, generator=None) -> noisy images, for (N, 1, 28, 28) in [0, 1].
-# Its label is its name in lab_corruptions(), in tables and in pictures.
+# A label says how images are corrupted: see corrupt. It is their name in tables and in pictures.
 PAIR = ["clean", "gaussian 0.3"]  # the plain autoencoder and the denoiser
 SPECIALISTS = ["gaussian 0.3", "salt_pepper 0.2", "masking 0.3"]
 COMMON = ["clean", *SPECIALISTS]
@@ -144,36 +143,28 @@ TESTED_ON = {"compare": COMMON, "levels": LEVELS, "types": SPECIALISTS,
              "blind": SPECIALISTS + UNKNOWN}
 
 
-def lab_corruptions():
-    """{label: corruption}, all that the lab trains and tests on."""
+def corrupt(images, label, generator=None):
+    """Noisy images of images (N, 1, 28, 28) in [0, 1].
+
+    label: "clean", "mixed", "stripes", a noise and its strength, such as "gaussian 0.3", or several
+    in turn, joined by " + ". Stripes: every fourth row is white, from the first on.
+    """
     import noise
-    salt_pepper = partial(noise.add_salt_pepper_noise, noise_prob=0.2)
-    masking = partial(noise.add_masking_noise, mask_prob=0.3)
-    table = {"clean": leave_clean, "salt_pepper 0.2": salt_pepper, "masking 0.3": masking,
-             "mixed": noise.add_mixed_noise, "stripes": add_stripes}
-    for level in (0.1, 0.2, 0.3, 0.4, 0.5):
-        table[f"gaussian {level}"] = partial(noise.add_gaussian_noise, noise_factor=level)
-    table["masking 0.3 + gaussian 0.3"] = in_turn(masking, table["gaussian 0.3"])
-    table["gaussian 0.3 + salt_pepper 0.2"] = in_turn(table["gaussian 0.3"], salt_pepper)
-    table["gaussian 0.5 + masking 0.3"] = in_turn(table["gaussian 0.5"], masking)
-    return table
+    for part in label.split(" + "):
+        if part == "mixed":
+            images = noise.add_mixed_noise(images, generator)
+        elif part == "stripes":
+            images = images.clone()
+            images[..., ::4, :] = 1
+        elif part != "clean":
+            name, strength = part.split()
+            add_noise, _ = noise.NOISES[name]
+            images = add_noise(images, float(strength), generator)
+    return images
 
 
 def leave_clean(images, generator=None):
     return images
-
-
-def add_stripes(images, generator=None):
-    """Every fourth row white, from the first on."""
-    striped = images.clone()
-    striped[..., ::4, :] = 1
-    return striped
-
-
-def in_turn(first, second):
-    def corrupt(images, generator=None):
-        return second(first(images, generator=generator), generator=generator)
-    return corrupt
 
 
 def train_models(labels, images, seed, epochs, batch_size=512):
@@ -183,8 +174,8 @@ def train_models(labels, images, seed, epochs, batch_size=512):
         print(f"trained on {label}, seed {seed}: ", end="", flush=True)
         torch.manual_seed(seed)
         model = DenoisingAutoencoder().to(images.device)
-        corrupt = lab_corruptions()[label]
-        models[label] = train_autoencoder(model, images, corrupt, epochs, batch_size, seed=seed)
+        add_noise = partial(corrupt, label=label)
+        models[label] = train_autoencoder(model, images, add_noise, epochs, batch_size, seed=seed)
     return models
 
 
@@ -202,7 +193,7 @@ def cross_test(models, labels, test, count=1):
     rows = []
     for label in labels:
         generator = torch.Generator(test.device).manual_seed(0)
-        noisy = lab_corruptions()[label](test, generator=generator)
+        noisy = corrupt(test, label, generator)
         table["left alone"][label] = F.mse_loss(noisy, test).item()
         shown = [test, noisy]
         for name, model in models.items():
@@ -213,7 +204,7 @@ def cross_test(models, labels, test, count=1):
     return table, image_grid(rows, ["truth", "input", *models] * count, labels)
 
 
-def linear_classifier(x, labels, classes=10):
+def linear_classifier(x, labels):
     """Ridge regression to one-hot labels: a function x (N, D) -> labels (N,).
 
     x: float (N, D), labels: int64 (N,). Minimises mean |A w - one_hot|^2 + 0.1 |w|^2 with
@@ -229,7 +220,7 @@ def linear_classifier(x, labels, classes=10):
         return (add_one(x) @ w).argmax(1)
 
     A = add_one(x)
-    target = F.one_hot(labels, classes).to(x)
+    target = F.one_hot(labels).to(x)
     penalty = 0.1 * len(x) * torch.eye(A.shape[1], device=x.device)
     w = torch.linalg.solve(A.T @ A + penalty, A.T @ target)
     return classify
@@ -255,16 +246,20 @@ def mean_correlation(z):
 
 
 def features(models, test, test_labels, train, labels, seed):
-    """The latents of each model as features, and the pixels. labels: int64 (N,), 0 to 9."""
+    """The latents of each model as features, and the pixels. labels: int64 (N,), from 0 on.
+
+    Without labels (all 0) there are no accuracies.
+    """
     generator = torch.Generator(test.device).manual_seed(0)
-    noisy = lab_corruptions()["gaussian 0.3"](test, generator=generator)
+    noisy = corrupt(test, "gaussian 0.3", generator)
     encoders = {f"trained on {label}": model.encode for label, model in models.items()}
     encoders["pixels"] = nn.Flatten()
     table = {}
     for row, encode in encoders.items():
         z, z_test, z_noisy = encode(train), encode(test), encode(noisy)
         table[row] = {"mean absolute correlation": mean_correlation(z_test)}
-        table[row] |= accuracies(z, labels, z_test, z_noisy, test_labels, seed)
+        if labels.any():
+            table[row] |= accuracies(z, labels, z_test, z_noisy, test_labels, seed)
     return table, filters(models, test)
 
 
@@ -283,9 +278,8 @@ def filters(models, test):
 def progressive(model, test, seed, passes=10):
     """Very noisy images: the output is fed back into the model, as it is or with new noise."""
     from data import image_grid
-    corruptions = lab_corruptions()
     generator = torch.Generator(test.device).manual_seed(0)
-    noisy = corruptions["gaussian 0.5 + masking 0.3"](test, generator=generator)
+    noisy = corrupt(test, "gaussian 0.5 + masking 0.3", generator)
     names = ["input", *(f"pass {i + 1}" for i in range(passes))]
     table, rows = {name: {} for name in names}, []
     columns = {"nothing added": "clean", "noise 0.1 added": "gaussian 0.1"}
@@ -293,7 +287,7 @@ def progressive(model, test, seed, passes=10):
         generator = torch.Generator(test.device).manual_seed(seed)
         outputs = [noisy]
         for _ in range(passes):
-            x = corruptions[label](outputs[-1], generator=generator)
+            x = corrupt(outputs[-1], label, generator)
             outputs.append(model(x)[0])
         for name, x in zip(names, outputs):
             table[name][column] = F.mse_loss(x, test).item()
@@ -325,11 +319,11 @@ def report_autoencoder(model, images, folder, trained_on):
 
     trained_on: the label of the model. Returns the table, {row: {corruption: MSE}}.
     """
+    from data import save_pictures
     test = images / 255
     table, picture = cross_test({trained_on: model}, COMMON, test, count=min(4, len(test)))
-    folder.mkdir(parents=True, exist_ok=True)
-    picture.save(folder / "samples.png")
-    print(f"test MSE, {len(test):,} images\n{markdown([table])}picture: {folder / 'samples.png'}")
+    save_pictures(folder, {"samples.png": picture})
+    print(f"test MSE, {len(test):,} images\n{markdown([table])}", end="")
     return table
 
 
@@ -345,6 +339,8 @@ def lab(args):
     labels, test_labels = labels.to(device).long(), test_labels.to(device)
     args.out.mkdir(parents=True, exist_ok=True)
     exercises = list(TRAINED_ON) if args.exercise == "all" else [args.exercise]
+    if "features" in exercises and not labels.any():
+        print(f"notice: {data} has no subfolders, so no labels: features are not classified")
     trained_on = dict.fromkeys(label for name in exercises for label in TRAINED_ON[name])
     tables = {name: [] for name in exercises}
     for seed in range(args.seeds):

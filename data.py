@@ -14,10 +14,11 @@ import argparse
 import contextlib
 import gzip
 import hashlib
+import itertools
 import math
 import os
-import shutil
 import sys
+import tarfile
 import tempfile
 import urllib.request
 import zlib
@@ -30,7 +31,6 @@ from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
 
 Image.MAX_IMAGE_PIXELS = None  # open_picture has its own limit
 
-
 def load_cifar10(root, train):
     """CIFAR-10, binary version, from root/cifar-10-batches-bin; downloaded if it is not there.
 
@@ -38,9 +38,9 @@ def load_cifar10(root, train):
     with a notice. Raises ConnectionError if a download fails, ValueError for a damaged file.
     """
     names = [f"data_batch_{i}.bin" for i in range(1, 6)] if train else ["test_batch.bin"]
+    records = torch.cat([read_cifar10_records(root, name) for name in names])  # (N, 3073)
     # A record has 3,073 bytes: the label, then all red values, all green, all blue, each plane
     # row by row from the top. That is already the order (channel, row, column) of a tensor.
-    records = read_cifar10_records(root, names)  # (N, 3073)
     labels = records[:, 0]
     images = records[:, 1:].reshape(-1, 3, 32, 32)
     return images, labels
@@ -51,13 +51,13 @@ def load_mnist(root, train):
 
     Returns (images uint8 (N, 1, 28, 28), labels uint8 (N,)). Raises as load_cifar10 does.
     """
-    folder = Path(root) / "MNIST" / "raw"
     prefix = "train" if train else "t10k"
-    images = read_idx(folder / f"{prefix}-images-idx3-ubyte", (28, 28))
-    labels = read_idx(folder / f"{prefix}-labels-idx1-ubyte", ())
+    images = read_idx(root, f"{prefix}-images-idx3-ubyte", (28, 28))
+    labels = read_idx(root, f"{prefix}-labels-idx1-ubyte", ())
     if len(images) != len(labels) or labels.max() > 9:
-        raise ValueError(f"{folder}/{prefix}*: {len(images):,} images have {len(labels):,} labels "
-                         f"up to {labels.max()}, not 9; delete the files to fetch them again")
+        raise ValueError(f"{root}: {len(images):,} {prefix} images with {len(labels):,} labels up "
+                         f"to {labels.max()} are not MNIST (one label each, up to 9): move them "
+                         f"away to fetch it")
     return torch.from_numpy(images[:, None]), torch.from_numpy(labels)
 
 
@@ -72,7 +72,7 @@ def parse_idx(content, shape):
     items = np.frombuffer(content, np.uint8, offset=header.nbytes).reshape(-1, *shape)
     expected = [0x0800 + items.ndim, len(items), *shape]
     if header.tolist() != expected or len(items) == 0:
-        raise ValueError(f"header {header.tolist()} and {len(items):,} items")
+        raise ValueError(f"header {header.tolist()} for {len(items):,} items")
     return items.copy()  # the bytes of a file are read-only
 
 
@@ -150,7 +150,6 @@ MNIST_MD5 = {"train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
 
 def download(urls, path, md5):
     """Download from the first URL whose content has this MD5 checksum. Raises ConnectionError."""
-    temporary = path.with_name(path.name + ".part")
     reasons = []
     for url in urls:
         print(f"downloading {url}", flush=True)
@@ -160,53 +159,86 @@ def download(urls, path, md5):
             found = hashlib.md5(content).hexdigest()
             if found != md5:
                 raise ValueError(f"its MD5 should be {md5} and is {found}")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(content)
-            temporary.replace(path)  # only a complete file gets this name
-            return
+            return write_whole(path, content)
         except Exception as problem:  # whatever went wrong, the next address may work
             reasons.append(f"{url}: {problem}")
-        finally:
-            temporary.unlink(missing_ok=True)
-    raise ConnectionError(f"cannot fetch {path.name} ({'; '.join(reasons)}); put the files into "
-                          f"{path.parent}/ yourself, or use --data leaves or --data glyphs")
+    found = sorted(file.name for file in path.parent.glob("*"))[:8]
+    raise ConnectionError(f"cannot fetch {path.name} ({'; '.join(reasons)}); put this file into "
+                          f"{path.parent}/ yourself (found there: {', '.join(found) or 'nothing'}) "
+                          f"or use --data leaves or --data glyphs")
 
 
-def read_cifar10_records(root, names):
-    """All records of these files of CIFAR-10, downloaded if one is not there: uint8 (N, 3073)."""
-    paths = [Path(root) / "cifar-10-batches-bin" / name for name in names]
-    if not all(path.exists() for path in paths):
-        archive = Path(root) / "cifar-10-binary.tar.gz"
-        download(CIFAR10_URLS, archive, CIFAR10_MD5)
-        shutil.unpack_archive(archive, root, filter="data")  # nothing outside this folder
-        archive.unlink()
-    records = []
-    for path in paths:
-        content = np.fromfile(path, np.uint8, count=30_730_001)  # one byte too many is enough
-        count, rest = divmod(len(content), 3073)
-        if count == 0 or rest or content[::3073].max() > 9:
-            raise ValueError(f"{path}: expected 10,000 records of 3,073 bytes, the first 0 to 9, "
-                             f"not these {len(content):,} bytes; delete it to fetch it again")
-        if count < 10_000:
-            print(f"notice: {path.name} holds {count:,} of 10,000 images")
-        records.append(content.reshape(count, 3073))
-    return torch.from_numpy(np.concatenate(records))
-
-
-def read_idx(path, shape):
-    """parse_idx of the file `path` or path.gz, downloaded if neither is there."""
-    if not path.exists():
-        path = path.with_name(path.name + ".gz")
-    if not path.exists():
-        download([url + path.name for url in MNIST_URLS], path, MNIST_MD5[path.name])
-    open_file = gzip.open if path.suffix == ".gz" else open
-    limit = 17 + 60_000 * math.prod(shape)  # never unpacks more than a little too much
+def write_whole(path, content):
+    """Write a file that has its name only when it is complete."""
+    temporary = path.with_name(path.name + ".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with open_file(path, "rb") as file:
-            return parse_idx(file.read(limit), shape)
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def find(root, places, name):
+    """The first file of this name, zipped or not, in one of these folders below root, or None.
+
+    places, name: patterns for Path.glob. Some programs unpack a file into a folder of its name.
+    """
+    names = [name, f"{name}.gz", f"{name}/{name}"]
+    for place, ending in itertools.product(places, names):
+        for path in Path(root).glob(f"{place}/{ending}"):
+            if path.is_file():
+                return path
+
+
+def read_cifar10_records(root, name):
+    """The records of a file of CIFAR-10, which is fetched if it is not there: uint8 (N, 3073)."""
+    path = find(root, ["cifar-10-batches-bin", ".", "*/cifar-10-batches-bin"], name)
+    if not path:
+        unpack_cifar10(Path(root))
+        path = Path(root) / "cifar-10-batches-bin" / name
+    content = np.fromfile(path, np.uint8, count=30_730_001)  # one byte too many is enough
+    count, rest = divmod(len(content), 3073)
+    if count == 0 or rest or content[::3073].max() > 9:
+        raise ValueError(f"{path}: expected 10,000 records of 3,073 bytes, the first 0 to 9, not "
+                         f"these {len(content):,} bytes; delete it to fetch it again")
+    if count < 10_000:
+        print(f"notice: {path.name} holds {count:,} of 10,000 images")
+    return torch.from_numpy(content.reshape(count, 3073))
+
+
+def unpack_cifar10(root):
+    """Unpack root/cifar-10-binary.tar.gz, downloaded if it is not there. Files there are kept."""
+    archive = root / "cifar-10-binary.tar.gz"
+    if not archive.exists():
+        download(CIFAR10_URLS, archive, CIFAR10_MD5)
+    elif hashlib.md5(archive.read_bytes()).hexdigest() != CIFAR10_MD5:
+        raise ValueError(f"{archive} is incomplete or another archive: move it away to fetch it")
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            path = root / "cifar-10-batches-bin" / Path(member.name).name
+            if path.suffix == ".bin" and not path.exists():
+                write_whole(path, tar.extractfile(member).read())
+
+
+def read_idx(root, name, shape):
+    """parse_idx of a file of MNIST, which is downloaded if it is not there."""
+    places = ["MNIST/raw", "MNIST", "raw", ".", "*/MNIST/raw"]
+    path = find(root, places, name.replace("-idx", "[-.]idx"))
+    if not path:
+        path = Path(root) / "MNIST" / "raw" / f"{name}.gz"
+        download([url + path.name for url in MNIST_URLS], path, MNIST_MD5[path.name])
+    try:
+        with open(path, "rb") as file:
+            zipped = file.read(2) == b"\x1f\x8b"  # whatever its name says
+        with (gzip.open if zipped else open)(path, "rb") as file:
+            start = file.read(8)
+            count = min(int.from_bytes(start[4:], "big"), 1_000_000)  # EMNIST has 697,932
+            rest = 4 * len(shape) + count * math.prod(shape)
+            return parse_idx(start + file.read(rest + 1), shape)  # one byte too many is enough
     except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as problem:
-        raise ValueError(f"{path}: expected an IDX file of items of shape {shape}, found a damaged "
-                         f"one: {problem}; delete it to fetch it again") from None
+        raise ValueError(f"{path}: expected the IDX format, items of shape {shape}, found "
+                         f"{problem}; if it is damaged, delete it to fetch it again") from None
 
 
 def off_grid_split(images, input_ratio=0.2, output_ratio=0.2, generator=None, order=None):
@@ -299,7 +331,7 @@ def load_dataset(name, root, train, real="cifar10"):
 
     real: "cifar10" or "mnist": what "auto" tries before a built-in set, and whose image size the
     pictures of a folder get. Returns (name of what was loaded, images uint8 (N, C, H, W), labels
-    uint8 (N,)). Raises ValueError for another name, and what the loaders raise.
+    (N,), whole numbers from 0 on). Raises ValueError for another name, and what the loaders raise.
     """
     if name == "auto":
         try:
@@ -324,26 +356,30 @@ def load_dataset(name, root, train, real="cifar10"):
 def load_folder(folder, train, channels, side):
     """Every picture below a folder. The 10% with the lowest hashes of their names are the test set.
 
-    Returns (images uint8 (N, channels, side, side), labels, all 0). Raises ValueError below 20.
+    Returns (images uint8 (N, channels, side, side), labels int64 (N,), the numbers of the
+    subfolders in alphabetical order, without any all 0). Raises ValueError below 20.
     """
     def hash_of_name(path):
         name = path.relative_to(folder).as_posix()
         return zlib.crc32(name.encode(errors="surrogateescape"))
 
-    pictures = []
+    pictures, subfolders = [], []
     paths = files_below(folder)
     for path in sorted(sorted(paths), key=hash_of_name):
         with contextlib.suppress(ValueError):
             picture = open_picture(path, 2 * side)
             pictures.append(square_picture(picture, channels, side))
+            subfolders.append(path.relative_to(folder).parent.parts[:1])
     count = len(pictures)
     if count < len(paths):
         print(f"notice: {folder}: {len(paths) - count:,} of {len(paths):,} files are not pictures")
     if count < 20:
         raise ValueError(f"{folder} holds {count} pictures that can be read; 20 are needed")
     test_count = count // 10
-    images = torch.stack(pictures[test_count:] if train else pictures[:test_count])
-    return images, torch.zeros(len(images), dtype=torch.uint8)
+    part = slice(test_count, None) if train else slice(test_count)
+    numbers = sorted(set(subfolders))
+    labels = torch.tensor([numbers.index(name) for name in subfolders])
+    return torch.stack(pictures[part]), labels[part]
 
 
 def files_below(folder):
