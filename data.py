@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import gzip
 import hashlib
-import itertools
 import math
 import os
 import sys
@@ -184,11 +183,11 @@ def find(root, places, name):
 
     places, name: patterns for Path.glob. Some programs unpack a file into a folder of its name.
     """
-    names = [name, f"{name}.gz", f"{name}/{name}"]
-    for place, ending in itertools.product(places, names):
-        for path in Path(root).glob(f"{place}/{ending}"):
-            if path.is_file():
-                return path
+    for place in places:
+        for pattern in (name, f"{name}.gz", f"{name}/{name}"):
+            for path in sorted(Path(root).glob(f"{place}/{pattern}")):
+                if path.is_file():
+                    return path
 
 
 def read_cifar10_records(root, name):

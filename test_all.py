@@ -623,7 +623,7 @@ def test_damaged_cifar10_is_refused_and_auto_does_not_paper_over_it():
 def test_a_cifar10_file_with_fewer_than_10000_images_is_read_with_a_notice():
     with folder() as root:
         for count, notices in ((10_000, 0), (9_999, 1)):
-            write_cifar10(root, records(count))
+            write_cifar10(root, bytes(3073 * count))
             (images, _), said = quiet(data.load_cifar10, root, False)
             assert len(images) == count and said.count("notice: test_batch.bin") == notices
 
@@ -706,7 +706,7 @@ def test_other_sets_in_the_place_of_mnist_are_read_or_refused_as_what_they_are()
 def test_a_file_that_unpacks_to_far_too_much_is_refused_without_unpacking_it():
     with folder() as root:
         _, path = write_mnist(root)
-        path.write_bytes(gzip.compress(bytes(60_000_000), 1))
+        path.write_bytes(gzip.compress(bytes(20_000_000), 1))
         tracemalloc.start()
         raises(ValueError, lambda: data.load_mnist(root, False), path)
         assert tracemalloc.get_traced_memory()[1] < 10e6
@@ -834,30 +834,23 @@ def different(images):
 
 
 def test_built_in_sets_have_other_images_for_the_test_and_the_same_in_every_call():
-    small = dict(leaves=(data.make_leaves, 40, 30), glyphs=(data.make_glyphs, 900, 300))
+    assert data.BUILT_IN == {"leaves": (data.make_leaves, 20_480, 1_024),
+                             "glyphs": (data.make_glyphs, 20_000, 2_000)}
+    small = {"leaves": (data.make_leaves, 2_048, 30),  # on two canvases
+             "glyphs": (data.make_glyphs, 900, 300)}
     with patched(data, BUILT_IN=small):
         for name, (_, train_count, test_count) in small.items():
             _, images, labels = data.load_dataset(name, "", True)
             _, test_images, _ = data.load_dataset(name, "", False)
             _, again, _ = data.load_dataset(name, "", False)
             assert torch.equal(test_images, again)
+            assert len(images) == len(labels) == train_count
             assert len(test_images) == test_count
-            assert len(different(images)) == len(labels) == train_count
+            assert len(different(images)) > 0.99 * train_count  # some leaves show one disc alone
             assert not different(images) & different(test_images)
             assert images.dtype == labels.dtype == torch.uint8
+            assert labels.any() == (name == "glyphs")
             assert 30 < images.float().std() < 110
-
-
-def test_the_sizes_of_the_built_in_sets():
-    assert data.BUILT_IN["leaves"] == (data.make_leaves, 20_480, 1_024)
-    assert data.BUILT_IN["glyphs"] == (data.make_glyphs, 20_000, 2_000)
-
-
-def test_a_second_canvas_of_leaves_is_another_one():
-    images, labels = data.make_leaves(2048, seed=1)
-    assert images.shape == (2048, 3, 32, 32) and not labels.any()
-    assert len(different(images)) > 2040  # a few show one disc alone
-    assert torch.equal(data.make_leaves(3, seed=1)[0], images[:3])
 
 
 def test_the_mean_of_the_glyphs_with_a_label_looks_like_that_digit():
@@ -892,6 +885,7 @@ def test_glyphs_vary_in_place_size_stroke_and_angle():
     assert fonts == set(range(20, 31)) and strokes == {0, 0.5, 1}
 
 
+@functools.cache
 def discs_of_leaves():
     """The discs of one canvas, x, y, r (N,) in pixels and fill (N, 3), and its 1,024 images."""
     with spied(ImageDraw.ImageDraw, "ellipse") as drawn:
