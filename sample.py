@@ -163,11 +163,11 @@ def restore_windows(image, input_mask, answer, side, on_step=None):
     known, done = input_mask.clone(), 0
     while not known.all():
         counts = known[rows][:, :, columns].sum(dim=(1, 3))
+        windows = done + int((counts < side * side).sum())
         counts[counts == side * side] = 0  # complete: nothing to do
         ready = (counts >= max(1, counts.max() / 4)).nonzero()               # (N, 2): row, column
         total = torch.zeros_like(pixels)
         total_weight = torch.zeros_like(pixels[:, 0])
-        windows = done + int((counts > 0).sum())
         for batch in split_by_counts(ready, counts[*ready.mT]):
             if on_step:
                 on_step(done, windows)
