@@ -552,15 +552,18 @@ def load_checkpoint(path, device="cpu"):
     return model.to(device).eval(), checkpoint
 
 
-def save_checkpoint(path, checkpoint):
+def save_checkpoint(path, checkpoint, set_aside=None):
     """Write a temporary file, then rename it: a kill in between leaves the old file intact.
 
-    Raises OSError if the disk is full; torch.save alone would raise a RuntimeError.
+    set_aside: a path that the old file gets, if it is to be kept. Raises OSError if the disk
+    is full; torch.save alone would raise a RuntimeError.
     """
     buffer, temporary = io.BytesIO(), path.with_name(path.name + ".part")
     torch.save(checkpoint, buffer)
     try:
         temporary.write_bytes(buffer.getbuffer())
+        if set_aside:
+            path.replace(set_aside)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -3033,8 +3033,8 @@ def interrupted(line, number, when):
     """Run train.py, which gets a signal as soon as when(checkpoint) is true: as run()."""
     save = sample.save_checkpoint
 
-    def save_and_interrupt(path, checkpoint):
-        save(path, checkpoint)
+    def save_and_interrupt(path, checkpoint, set_aside):
+        save(path, checkpoint, set_aside)
         if when(checkpoint):
             signal.raise_signal(number)
 

@@ -21,7 +21,6 @@ loss.png, samples.png and results.json. An older checkpoint.pt becomes checkpoin
 import argparse
 import math
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -241,14 +240,13 @@ def train(task, optimizers, images, args, path, rank, world):
 
     def save(step):
         nonlocal ours
-        if not ours and path.exists():
-            shutil.copyfile(path, old)
+        set_aside = old if path.exists() and not ours else None
         ours = True
         sample.save_checkpoint(path, dict(
             kind=args.model, config=task.config, data=args.data, step=step, settings=settings,
             schedule=dict(beta_schedule=args.beta_schedule), model=task.model.state_dict(),
             optimizers=[optimizer.state_dict() for optimizer in optimizers],
-            losses=losses[:step].cpu(), tests=tests))
+            losses=losses[:step].cpu(), tests=tests), set_aside)
 
     signals = []
     watch_for_signals(signals, world)
