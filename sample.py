@@ -145,6 +145,7 @@ def restore(image, input_mask, answer, side=32, on_step=None):
     return torch.lerp(restored, small[:, :image.shape[1], :image.shape[2]], depth)
 
 
+# ================== below: windows, splits, tables, pictures, checkpoints, command line
 def restore_windows(image, input_mask, answer, side, on_step=None):
     """Like restore, at one size. on_step: called with the numbers of windows done and of all.
 
@@ -191,7 +192,6 @@ def restore_windows(image, input_mask, answer, side, on_step=None):
     return pixels.mT.view_as(image)
 
 
-# ================== below: windows, splits, tables, pictures, checkpoints, command line
 def window_lines(length, side):
     """The rows (or columns) of all windows along a picture: int64 (windows, side).
 
