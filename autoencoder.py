@@ -144,7 +144,7 @@ TESTED_ON = {"compare": COMMON, "levels": LEVELS, "types": SPECIALISTS,
 
 
 def corrupt(images, label, generator=None):
-    """Noisy images of images (N, 1, 28, 28) in [0, 1].
+    """Noisy images of images (N, 1, 28, 28) in [0, 1], or, but for stripes, (N, 784).
 
     label: "clean", "mixed", "stripes", a noise and its strength, such as "gaussian 0.3", or several
     in turn, joined by " + ". Stripes: every fourth row is white, from the first on.
@@ -160,10 +160,6 @@ def corrupt(images, label, generator=None):
             name, strength = part.split()
             add_noise, _ = noise.NOISES[name]
             images = add_noise(images, float(strength), generator)
-    return images
-
-
-def leave_clean(images, generator=None):
     return images
 
 

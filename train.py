@@ -34,11 +34,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from autoencoder import DenoisingAutoencoder, autoencoder_loss, leave_clean, report_autoencoder
+from autoencoder import DenoisingAutoencoder, autoencoder_loss, corrupt, report_autoencoder
 from data import (BUILT_IN, fixed_order, line_chart, load_dataset, off_grid_split, run,
                   save_pictures, sparse_split)
 from nf_denoiser import PARTS, SIZES, NFDenoiser, nf_loss, pixel_covariance
-from noise import NOISES, add_mixed_noise
+from noise import NOISES
 from schedule import DiffusionSchedule
 
 
@@ -161,17 +161,16 @@ def autoencoder_task(args, images, test_images, rows):
     model = DenoisingAutoencoder(**config)
     model.init_output_bias(images / 255)
     model = model.to(args.device)
-    corrupt = corruption(args.noise)
 
     def batch_loss(index):
         clean = images[index].flatten(1) / 255
-        noisy = corrupt(clean)  # of all processes: two draw the same noise as one
+        noisy = corrupt(clean, args.noise)  # of all processes: two draw the same noise as one
         return autoencoder_loss(model, clean[rows], noisy[rows])
 
     @torch.no_grad()
     def measure():
         test = test_images[:1000].flatten(1) / 255
-        noisy = corrupt(test, generator=torch.Generator(test.device).manual_seed(0))
+        noisy = corrupt(test, args.noise, torch.Generator(test.device).manual_seed(0))
         return [autoencoder_loss(model, test, noisy).item()]
 
     def report(folder):
@@ -334,22 +333,6 @@ def resume(path, settings, model, optimizers, losses):
         optimizer.load_state_dict(state)
     losses[:step] = checkpoint["losses"].to(losses.device)
     return step, checkpoint["tests"]
-
-
-def corruption(text):
-    """The function(images, generator=None) -> noisy images that a checkpoint's noise stands for.
-
-    text: "clean", "mixed", or a noise of noise.py and its strength, such as "gaussian 0.3".
-    """
-    if text == "clean":
-        return leave_clean
-    if text == "mixed":
-        return add_mixed_noise
-    name, strength = text.split()
-
-    def corrupt(images, generator=None):
-        return NOISES[name][0](images, float(strength), generator)
-    return corrupt
 
 
 def draw_losses(folder, losses, tests, metric, title):
