@@ -3530,14 +3530,15 @@ def test_a_new_run_keeps_the_checkpoint_of_the_last_one():
         return autoencoder.autoencoder_loss(*tensors)
 
     with without_reports():
-        works(train, f"{line} 1")
+        with patched(train, autoencoder_loss=interrupt):  # in step 1, before the first report
+            assert run(train, f"{line} 1")[0] == 130 and new.exists()
+        works(train, f"{line} 1 --resume")
         first = new.read_bytes()
         assert str(old) in works(train, f"{line} 2")
         second = new.read_bytes()
         assert old.read_bytes() == first != second
-        with patched(train, autoencoder_loss=interrupt):  # in step 1, before the first report
-            code, out, _ = run(train, f"{line} 3")
-        assert code == 130 and "not saved" in out
+        with patched(train, autoencoder_loss=interrupt):
+            assert "not saved" in run(train, f"{line} 3")[1]
         refused(train, f"{line} 3 --lr 1e39", "finite")
         refused(sample, f"{new} --export ./out/../{new}", "--export")
         assert new.read_bytes() == second and old.read_bytes() == first
