@@ -260,7 +260,7 @@ def train(task, optimizers, images, args, path, rank, world):
             if reporting:
                 tests.append([step, *task.measure()])
                 line += f"  {task.metric} {tests[-1][1]:.4g}"
-            if reporting or (stopping and tests):
+            if reporting or (stopping and (ours or not path.exists())):
                 recent = losses[max(0, step - 100):step].mean()  # reading it makes a GPU wait
                 check_finite(task.model, recent, step, path)
                 if rank == 0:
@@ -274,7 +274,7 @@ def train(task, optimizers, images, args, path, rank, world):
         watch_for_signals(None, world)
     if step < args.steps:
         saved = f"saved: {path}. To go on, give the same command with --resume"
-        print("stopped and", saved if tests else "not saved: there was no report yet")
+        print("stopped and", saved if ours else f"not saved: {path} is another run's")
         sys.exit(128 + signals[0])
     if not optimizers and rank == 0:
         save(0)
