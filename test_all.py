@@ -3230,7 +3230,7 @@ def test_a_full_disk_or_a_loss_that_is_not_finite_spares_the_checkpoint():
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert path.read_bytes() == before
         assert not list(path.parent.glob("*.part"))
-        with patched(train, NOISES=nan):
+        with patched(noise, NOISES=nan):
             refused(train, f"{line} 4 --resume", "finite")
         assert path.read_bytes() == before
         refused(train, f"{line} 1 --lr 1e39 --out wild", "finite")  # only the weights
