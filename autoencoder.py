@@ -376,12 +376,12 @@ def main():
     if min(args.seeds, args.epochs, args.batch_size) < 1:
         parser.error("--seeds, --epochs and --batch-size must be at least 1")
     if args.exercise:
-        from data import run
-        run(partial(lab, args))
+        lab(args)
     else:
         model = DenoisingAutoencoder()
         print(model, f"{sum(p.numel() for p in model.parameters()):,} parameters", sep="\n")
 
 
 if __name__ == "__main__":
-    main()
+    from data import run
+    run(main)

@@ -30,8 +30,10 @@ from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
 
 Image.MAX_IMAGE_PIXELS = None  # open_picture has its own limit
 
+
 def load_cifar10(root, train):
-    """CIFAR-10, binary version, from root/cifar-10-batches-bin; downloaded if it is not there.
+    """CIFAR-10, binary version, from root/cifar-10-batches-bin, one folder higher or deeper, or
+    from root/cifar-10-binary.tar.gz, which is downloaded if nothing is there.
 
     Returns (images uint8 (N, 3, 32, 32), labels uint8 (N,)); N is 50,000 or 10,000, or fewer,
     with a notice. Raises ConnectionError if a download fails, ValueError for a damaged file.
@@ -46,7 +48,8 @@ def load_cifar10(root, train):
 
 
 def load_mnist(root, train):
-    """MNIST from its IDX files in root/MNIST/raw, gzipped or not; downloaded if not there.
+    """MNIST from its IDX files, gzipped or not, in root, root/MNIST or root/MNIST/raw; downloaded
+    into the last one if they are not there.
 
     Returns (images uint8 (N, 1, 28, 28), labels uint8 (N,)). Raises as load_cifar10 does.
     """
@@ -405,6 +408,7 @@ def open_picture(path, least_side=None):
         with Image.open(path) as file:
             if math.prod(file.size) > 300_000_000:
                 raise ValueError("it has more than 300 megapixels: reduce it first")
+            # 16 bits: Pillow says so in the mode or in its name for the file's layout, not for PPM
             deep = ";16" in f"{file.mode} {file.tile}" or (file.format, file.mode) == ("PPM", "I")
             frames = getattr(file, "n_frames", 1)
             if least_side:

@@ -22,7 +22,7 @@ Each part can be left out (train.py --parts); README.md says what each one reach
 
 Papers: Perceiver IO (Jaegle et al., 2021, arXiv 2107.14795); Gaussian Processes for Machine
 Learning (Rasmussen & Williams, 2006); U-Net (Ronneberger et al., 2015, arXiv 1505.04597); DDPM
-(Ho et al., 2020, arXiv 2006.11239). This file needs only torch: copy it anywhere.
+(Ho et al., 2020, arXiv 2006.11239). Needs torch: copy it anywhere; the command above needs data.py.
 """
 import argparse
 import math
@@ -135,8 +135,9 @@ def rotate(x, coords):
 
     x (B, heads, N, d), coords (B, N, 2) -> (B, heads, N, d).
     """
-    wavelengths = torch.logspace(math.log10(0.08), math.log10(1.3), x.shape[-1] // 4)
-    angle = 2 * math.pi * coords[..., None] / wavelengths.to(coords)       # (B, N, 2, d / 4)
+    first, last = math.log10(0.08), math.log10(1.3)
+    wavelengths = torch.logspace(first, last, x.shape[-1] // 4, device=coords.device)
+    angle = 2 * math.pi * coords[..., None] / wavelengths                  # (B, N, 2, d / 4)
     angle = angle.flatten(2)[:, None]                                      # (B, 1, N, d / 2)
     # a pair as a complex number is turned by a product with exp(i angle)
     pairs = torch.view_as_complex(x.to(angle.dtype).unflatten(-1, (-1, 2)))
@@ -263,10 +264,8 @@ class GaussianField(nn.Module):
         K = read_at(K_all.unflatten(2, (side, side)), coords.to(y))        # (B, N, N)
         noise = torch.full_like(y_in, self.jitter)
         weights = solve(K[:, :n_in, :n_in], noise[..., :1], y_in)          # (B, N_in, C)
-        # maximum likelihood, y^T K^-1 y / N, as if two more pixels of variance 0.05 had been seen:
-        # otherwise an image of one colour would have none
         quadratic = (y_in * weights).sum(dim=1, keepdim=True)
-        variance = (quadratic + 2 * 0.05) / (n_in + 2)                     # (B, 1, C)
+        variance = likely_variance(quadratic, n_in)                        # (B, 1, C)
         if y_t is not None:  # the same system with all N = N_in + N_out pixels
             noise_t = (noise_variance / variance).expand_as(y_t)
             weights = solve(K, torch.cat([noise, noise_t], dim=1), y)
@@ -440,7 +439,7 @@ class IndependentPixels(nn.Module):
     def forward(self, input_coords, y_in, output_coords, y_t=None, noise_variance=None):
         """Arguments and results are those of GaussianField."""
         squared = y_in.square().sum(dim=1, keepdim=True)
-        variance = (squared + 2 * 0.05) / (y_in.shape[1] + 2)
+        variance = likely_variance(squared, y_in.shape[1])
         y_out = y_in.new_zeros(*output_coords.shape[:2], y_in.shape[2])
         coords, values = input_coords, y_in
         if y_t is not None:
@@ -539,6 +538,14 @@ def exponential_covariance(side, length=16 / 31):
     return torch.exp(-(coords[:, None] - coords).norm(dim=-1) / length)
 
 
+def likely_variance(quadratic, count):
+    """Maximum likelihood, y^T K^-1 y / N, as if two more pixels of variance 0.05 had been seen.
+
+    Without them an image of one colour would have the variance 0.
+    """
+    return (quadratic + 2 * 0.05) / (count + 2)
+
+
 def solve(K, noise, y):
     """(K + D)^-1 y for K (B, N, N), y (B, N, C), D of diagonal noise: (B, N, C), or (B, N, 1)."""
     K = K[:, None].repeat(1, noise.shape[2], 1, 1)                         # (B, C or 1, N, N)
@@ -627,4 +634,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    from data import run
+    run(main)

@@ -20,7 +20,7 @@ def add_gaussian_noise(images, noise_factor=0.3, generator=None):
 
     Every value is a little wrong and none is lost, so averaging over neighbours already helps.
     images: float, any shape, in [0, 1]; returns a new tensor. noise_factor: the standard deviation,
-    0 to 1,000,000: a number, or a tensor that broadcasts to images. ValueError for anything else.
+    0 to 1,000,000: a number, or a tensor that broadcasts to images. Raises ValueError for others.
     """
     check_noise(images, noise_factor, 1e6)
     eps = torch.randn(images.shape, generator=generator, device=images.device, dtype=images.dtype)
@@ -55,8 +55,8 @@ def add_mixed_noise(images, generator=None):
     """Corrupt each image with one of the three noises, each at its own random strength.
 
     A network trained on it cannot rely on one kind or one amount of damage. Strengths are uniform:
-    Gaussian 0.1 to 0.5, salt and pepper 0.05 to 0.4, masking 0.1 to 0.6. images: float (B, ...),
-    ValueError otherwise.
+    Gaussian 0.1 to 0.5, salt and pepper 0.05 to 0.4, masking 0.1 to 0.6. images: float (B, ...).
+    Raises ValueError without a batch dimension and for integers.
     """
     if images.dim() < 2:
         raise ValueError(f"mixed noise needs a batch (B, ...), got shape {tuple(images.shape)}")
@@ -83,7 +83,7 @@ def ssim(a, b):
 
     It compares means, variances and covariance in windows of 11 x 11 (Gaussian, sigma 1.5, no
     padding), so lost texture costs more than in PSNR. 1: equal. Mean over windows and channels.
-    ValueError for images below 11 x 11 or of different shapes.
+    Raises ValueError for images below 11 x 11 or of different shapes.
     """
     if a.shape != b.shape or min(a.shape[-2:]) < 11:
         raise ValueError(f"SSIM needs two batches of one shape, at least 11 x 11; got "

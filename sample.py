@@ -35,7 +35,7 @@ from data import (fixed_order, heat, image_grid, load_dataset, load_picture, off
                   open_picture, run, save_pictures, sparse_split, square_picture, to_picture,
                   to_signed, to_unit)
 from nf_denoiser import (GaussianField, NFDenoiser, ddim_sample, ddpm_sample,
-                         exponential_covariance, one_step_mean, read_at, scatter)
+                         exponential_covariance, likely_variance, one_step_mean, read_at, scatter)
 from noise import psnr, ssim
 from schedule import DiffusionSchedule
 
@@ -231,9 +231,10 @@ class PrecisionField(GaussianField):
 
     def __init__(self, covariance):
         super().__init__(covariance)
-        K = covariance.double()  # in float32 the inverse would lose digits
+        # in float32 the inverse would lose digits, and a Mac's GPU has no float64
+        K = covariance.cpu().double()
         K.diagonal().add_(self.jitter)
-        self.Q = torch.linalg.inv(K).float()
+        self.Q = torch.linalg.inv(K).to(covariance)
 
     def forward(self, input_coords, y_in, output_coords, y_t=None, noise_variance=None):
         """Arguments and results are those of GaussianField; the input is on the grid."""
@@ -253,7 +254,7 @@ class PrecisionField(GaussianField):
         y_m = torch.cholesky_solve(right.mT, torch.linalg.cholesky(Q_mm)).mT
         y = y.scatter_add(2, missing.expand_as(y_m), y_m)
         weights = y @ self.Q
-        variance = ((y * weights).sum(dim=2) + 2 * 0.05) / (counts + 2)        # (B, C)
+        variance = likely_variance((y * weights).sum(dim=2), counts)           # (B, C)
         # K w is y - D w at the seen pixels; at the missing ones, where w is 0, it is y
         image = (y - self.jitter * weights * seen).unflatten(2, (side, side))
         return image, read_at(image, output_coords), variance[:, None]
@@ -455,7 +456,7 @@ def report_picture(model, schedule, path, folder, mask=None, input_ratio=0.2, se
 
     Arguments are those of load_picture, NAME is that of the file at `path`. The result is the
     one-step mean. Where the truth is known, nearest and kriging are compared with it: returns
-    {method: {"psnr"}}, in dB over the missing pixels, otherwise {}.
+    {method: {"psnr"}}, in dB over the missing pixels, otherwise {}. Raises as load_picture does.
     """
     def mean(*where):
         return one_step_mean(model, schedule, *where)

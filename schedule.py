@@ -23,7 +23,7 @@ def cosine_beta_schedule(timesteps, s=0.008):
 
     Linear betas spend their last fifth on almost pure noise; the cosine spreads the loss of signal
     over all steps. The offset s keeps the first betas from being tiny.
-    timesteps: T, 1 to 10,000, else ValueError. Returns float64 (T,).
+    timesteps: T, 1 to 10,000. Returns float64 (T,). Raises ValueError for another T.
     """
     check_timesteps(timesteps)
     u = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
@@ -37,7 +37,8 @@ def linear_beta_schedule(timesteps, beta_start=0.0001, beta_end=0.02):
 
     The two ends are for 1,000 steps. Fewer steps must add as much noise in total, so betas are
     multiplied by 1000 / T, as in the code of Improved DDPM.
-    timesteps: T, 1 to 10,000; ends in (0, 1), else ValueError. Returns float64 (T,).
+    timesteps: T, 1 to 10,000; both ends in (0, 1). Returns float64 (T,). Raises ValueError for
+    other values.
     """
     check_timesteps(timesteps)
     if not (0 < beta_start < 1 and 0 < beta_end < 1):

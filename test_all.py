@@ -2722,7 +2722,7 @@ def test_the_lab_writes_its_files_before_it_prints_its_tables():
         shutil.rmtree("out")
         screen = io.TextIOWrapper(io.BytesIO(), "ascii")
         with patched(sys, stdout=screen, argv=["autoencoder.py", *line.split()]):
-            autoencoder.main()
+            data.run(autoencoder.main)  # as the script does
         assert Path("out/lab.md").read_text("utf-8") in report
         screen.flush()
         assert b" ? " in screen.buffer.getvalue()
@@ -3763,7 +3763,8 @@ def test_the_middle_of_a_photograph_is_sampled():
 def test_transparent_pixels_of_a_sampled_picture_are_neither_given_nor_measured():
     image, row = data.make_leaves(1, 0)[0], torch.arange(1024) // 32
     for full, measured in ((False, 204), (True, 512 - 204)):
-        split, n_out = sample.split_images(image, torch.tensor([0]), full=full, unknown=row % 2 == 0)
+        split, n_out = sample.split_images(
+            image, torch.tensor([0]), full=full, unknown=row % 2 == 0)
         used = torch.cat([split["input_indices"], split["output_indices"][:, :n_out]], dim=1)
         assert n_out == measured and (row[used] % 2 == 1).all()
     sprite = np.dstack([bytes_((32, 32, 3)), np.repeat([0, 255], [768, 256]).reshape(32, 32)])

@@ -1,6 +1,6 @@
 """Train the neural field (nf), the denoising autoencoder (dae), or its control without noise (ae).
 
-    python train.py --model nf                    # 11.5 minutes, 2 CPU cores; a GPU: 20,000 steps
+    python train.py --model nf                    # 11 to 17 minutes, 2 cores; a GPU: 20,000 steps
     python train.py --model nf --parts perceiver  # attention alone, or another choice of parts
     python train.py --model nf --pixels anywhere  # the input lies anywhere, not on the pixel grid
     python train.py --model dae --noise salt_pepper --noise-param 0.4
@@ -47,7 +47,7 @@ def field_loss(model, schedule, images, index, args, rows):
 
     Half of the batch trains the one-step mean, half the steps of a sampler. A U-Net computes all
     pixels anyway, so the first half may ask it for all that are missing; attention takes longer
-    the more are asked. rows: this process's share of each half.
+    the more are asked. rows: this process's share of each half. Returns a scalar.
     """
     mean_half, sampling_half = index.chunk(2)
     output_ratio = 0.2
@@ -107,8 +107,10 @@ def training_loop(task, optimizers, images, args, world=1, first=0):
         loss = task.batch_loss(order[place * size:(place + 1) * size])
         model.zero_grad()
         loss.backward()
-        if world > 1:  # of equal shares of a batch, means are the figures of the batch
-            for x in (loss.detach(), *(p.grad for p in model.parameters())):
+        loss = loss.detach()
+        if world > 1:  # the mean over equal shares of a batch is that of the batch
+            gradients = [p.grad for p in model.parameters()]
+            for x in [loss, *gradients]:
                 torch.distributed.all_reduce(x)
                 x /= world
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -119,7 +121,7 @@ def training_loop(task, optimizers, images, args, world=1, first=0):
             for group in optimizer.param_groups:
                 group["lr"] = optimizer.defaults["lr"] * rate
             optimizer.step()
-        yield step + 1, loss.detach()
+        yield step + 1, loss
 
 
 # ======================= below: models, optimizers, the run with its checkpoints, command line
@@ -256,7 +258,8 @@ def train(task, optimizers, images, args, path, rank, world):
             rate = (step - first) / (time.perf_counter() - start)
             line = (f"step {step:,} of {args.steps:,}  {rate * args.batch_size:,.0f} images/s  "
                     f"{(args.steps - step) / rate:.0f} s left")
-            stopping, reporting = bool(signals), step % task.every == 0 or step == args.steps
+            stopping = bool(signals)
+            reporting = step % task.every == 0 or step == args.steps
             if reporting:
                 tests.append([step, *task.measure()])
                 line += f"  {task.metric} {tests[-1][1]:.4g}"
