@@ -34,27 +34,6 @@ from torch import nn
 PARTS = ("gaussian", "unet", "perceiver")
 
 
-class FourierFeatures(nn.Module):
-    """gamma(v) = [sin(2 pi B v), cos(2 pi B v)], Tancik et al. (2020), arXiv 2006.10739, eq. 5.
-
-    From bare coordinates a network learns smooth functions first and fine detail very slowly.
-    Sines and cosines of many frequencies give it the detail to choose from.
-
-    (..., 2) coordinates in [0, 1] -> (..., 2 * num_feats). B is drawn once from a Gaussian with
-    standard deviation `scale` (cycles per image side) and saved with the weights.
-    """
-
-    def __init__(self, num_feats, scale=2.0):
-        super().__init__()
-        self.register_buffer("B", torch.randn(2, num_feats) * scale)
-
-    def forward(self, coords):
-        x, y = coords[..., :1], coords[..., 1:]
-        # not a matrix product: under bf16 autocast that would round the angles
-        angle = 2 * math.pi * (x * self.B[0] + y * self.B[1])
-        return torch.cat([angle.sin(), angle.cos()], dim=-1)
-
-
 # --------------------------------------------------------------------- attention and Perceiver IO
 class Attention(nn.Module):
     """Multi-head attention with a notion of distance. Vaswani et al. (2017), eq. 1.
@@ -97,52 +76,27 @@ class Attention(nn.Module):
         v = self.split_heads(self.to_v(context))
         d = q.shape[-1]
         q = q / math.sqrt(d)
-        if log_w is None:
-            log_w = k.new_zeros(len(k), k.shape[2])
-        log_w = log_w[:, None, :, None].expand(*k.shape[:3], 1).to(k.dtype)
-        one = q.new_ones(*q.shape[:3], 1)
-        # What is added to q . k is a product of something of i and something of j as well, so it
-        # becomes a few more columns of q and k, and no matrix of distances is stored.
-        if self.log_reach is None:
-            q = torch.cat([q, one], dim=-1)
-            k = torch.cat([k, log_w], dim=-1)
-        else:
+        if self.log_reach is not None:
             # -|p - p'|^2 = 2 p . p' - |p'|^2 - |p|^2, and the softmax cancels the last term, which
-            # is the same for all j. Measured from the centre, coordinates lose fewer digits.
-            p = x_coords[:, None] - 0.5                                    # (B, 1, N, 2)
+            # is the same for all j. The others are products of something of i and something of j,
+            # so they become three more columns of q and k: no matrix of distances is stored.
+            p = x_coords[:, None] - 0.5        # from the centre: smaller numbers, smaller errors
             p_context = (context_coords[:, None] - 0.5).expand(*k.shape[:3], 2)
             squared = p_context.square().sum(dim=-1, keepdim=True)         # (B, heads, M, 1)
             precision = torch.exp(-2 * self.log_reach)[:, None, None]      # 1 / reach^2
-            falls = log_w - precision / 2 * squared
+            one = p.new_ones(*q.shape[:3], 1)
             q = torch.cat([rotate(q, x_coords), precision * p, one], dim=-1)
-            k = torch.cat([rotate(k, context_coords), p_context, falls], dim=-1)
-        v = F.pad(v, (0, q.shape[-1] - d))  # the fast kernels need one width for q, k and v
+            k = torch.cat([rotate(k, context_coords), p_context, -precision / 2 * squared], dim=-1)
+            v = F.pad(v, (0, 3))  # the fast kernels need one width for q, k and v
+        if log_w is not None:
+            log_w = log_w[:, None, None].to(q)                             # (B, 1, 1, M)
         with torch.autocast(x.device.type, enabled=False):  # bf16 would round the distances
-            y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), scale=1.0)
+            y = F.scaled_dot_product_attention(q, k.to(q), v.to(q), log_w, scale=1.0)
         return self.to_out(y[..., :d].transpose(1, 2).flatten(2))          # (B, N, dim)
 
     def split_heads(self, x):
         """(B, N, dim) -> (B, heads, N, dim / heads)."""
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-
-
-def rotate(x, coords):
-    """Rotary embedding in two dimensions. Su et al. (2021), arXiv 2104.09864, section 3.2.
-
-    Pairs of numbers are turned by angles that grow with the coordinates: half of them with x, half
-    with y, at wavelengths from 0.08 to 1.3 of the image's side. The dot product of two vectors
-    then depends on where they are to each other: a query can look for "two pixels to the left".
-
-    x (B, heads, N, d), coords (B, N, 2) -> (B, heads, N, d).
-    """
-    first, last = math.log10(0.08), math.log10(1.3)
-    wavelengths = torch.logspace(first, last, x.shape[-1] // 4, device=coords.device)
-    angle = 2 * math.pi * coords[..., None] / wavelengths                  # (B, N, 2, d / 4)
-    angle = angle.flatten(2)[:, None]                                      # (B, 1, N, d / 2)
-    # a pair as a complex number is turned by a product with exp(i angle)
-    pairs = torch.view_as_complex(x.to(angle.dtype).unflatten(-1, (-1, 2)))
-    turned = pairs * torch.polar(torch.ones_like(angle), angle)
-    return torch.view_as_real(turned).flatten(-2)
 
 
 class Block(nn.Module):
@@ -239,12 +193,13 @@ class GaussianField(nn.Module):
     covariance of channel c is this times variance_c, which is estimated from the input pixels.
     """
 
-    jitter = 1e-3       # noise of the clean pixels, in units of variance_c: keeps K invertible
     unexplained = 0.07  # share of the variance that is left when 20% of the pixels are known
 
     def __init__(self, covariance):
         super().__init__()
         self.register_buffer("covariance", covariance)
+        # noise of the clean pixels, in units of variance_c: keeps K invertible in float32
+        self.jitter = max(1e-3, 2e-6 * covariance.norm().item())
 
     def forward(self, input_coords, y_in, output_coords, y_t=None, noise_variance=None):
         """y_in (B, N_in, C): the clean pixels less their mean, at coordinates (B, N_in, 2).
@@ -339,21 +294,17 @@ class NFDenoiser(nn.Module):
                 y_t = (x_t.to(x_in) @ self.colours) / alpha_bar.sqrt() - mean
             y_image, y_out, variance = self.prior(input_coords, y_in, output_coords, y_t,
                                                   noise_variance)
-            # x_0 is known up to `unexplained` from its neighbours and up to noise_variance from
-            # x_t. Scaled by what is left, the network's answers have the same size at every t: this
-            # is c_out of Karras et al. (2022, arXiv 2206.00364), table 1.
-            unexplained = self.prior.unexplained * variance
-            std = (unexplained * noise_variance / (unexplained + noise_variance)).sqrt()
+            # x_0 is known up to `unexplained` from its neighbours, and up to noise_variance from
+            # x_t: together, up to std^2, since precisions (1 / variance) add up. Scaled by std, the
+            # network's answers have the same size at every t: c_out of Karras et al. (2022).
+            precision = 1 / (self.prior.unexplained * variance) + 1 / noise_variance
+            std = precision.rsqrt()
             contrast = variance.sqrt()                                     # (B, 1, C)
 
         answer, features = torch.zeros_like(y_out), []
         if self.unet:
             picture = y_image / contrast.mT[..., None]                     # (B, C, side, side)
-            input_mask = scatter(input_coords, torch.ones_like(x_in[..., :1]), self.side)
-            output_mask = scatter(output_coords, alpha_bar.expand_as(y_out[..., :1]), self.side)
-            noise_level = alpha_bar.sqrt()[..., None].expand_as(input_mask)
-            planes = [picture, input_mask, output_mask, noise_level]
-            image = self.unet(torch.cat(planes, dim=1))
+            image = self.unet(unet_planes(picture, input_coords, output_coords, alpha_bar))
             features = [read_at(image, output_coords).relu()]              # (B, N_out, widths[0])
             answer = answer + self.unet_to_values(features[0])
         if self.perceiver:
@@ -386,10 +337,8 @@ def nf_loss(model, schedule, split, pure_noise, rows=slice(None)):
     x_t = None
     if not pure_noise:
         x_t = schedule.q_sample(x_0, t, noise=torch.randn_like(x_0))[rows]
-    output_coords = split["output_coords"][rows]
-    input_coords = split["input_coords"][rows]
-    input_values = split["input_values"][rows]
-    x_0_hat = model(x_t, output_coords, t[rows], input_coords, input_values)
+    x_0_hat = model(x_t, split["output_coords"][rows], t[rows], split["input_coords"][rows],
+                    split["input_values"][rows])
     return F.mse_loss(x_0_hat, x_0[rows])
 
 
@@ -405,48 +354,26 @@ def one_step_mean(model, schedule, output_coords, input_coords, input_values):
     return (x_0_hat + mirrored) / 2
 
 
-def ddim_sample(model, schedule, output_coords, input_coords, input_values, num_steps=50, eta=0.0,
-                generator=None, on_step=None):
-    """Draw output values: from Gaussian noise at output_coords, by schedule.ddim.
+# ============= below: embeddings, U-Net, independent pixels, samplers, points and pixels, sizes
+class FourierFeatures(nn.Module):
+    """gamma(v) = [sin(2 pi B v), cos(2 pi B v)], Tancik et al. (2020), arXiv 2006.10739, eq. 5.
 
-    output_coords (B, N_out, 2), input_coords (B, N_in, 2), input_values (B, N_in, C) in [-1, 1].
-    Returns (B, N_out, C), not clamped. Other arguments and errors are those of schedule.ddim.
-    """
-    from schedule import ddim, normal_like
+    From bare coordinates a network learns smooth functions first and fine detail very slowly.
+    Sines and cosines of many frequencies give it the detail to choose from.
 
-    def denoise(x_t, t):
-        return model(x_t, output_coords, t, input_coords, input_values)
-
-    like = input_values[:, :1].expand(-1, output_coords.shape[1], -1)      # (B, N_out, C)
-    x_T = normal_like(like, generator)
-    return ddim(denoise, schedule, x_T, num_steps, eta, generator, on_step)
-
-
-# ================= below: independent pixels, time embedding, U-Net, points and pixels, sizes
-class IndependentPixels(nn.Module):
-    """The same posterior if no pixel said anything about another: the covariance is the identity.
-
-    The equation above then holds for each pixel alone: a noisy value shrinks towards the mean by
-    the factor variance / (variance + noise). It takes the place of a Gaussian field left out.
+    (..., 2) coordinates in [0, 1] -> (..., 2 * num_feats). B is drawn once from a Gaussian with
+    standard deviation `scale` (cycles per image side) and saved with the weights.
     """
 
-    unexplained = 0.36  # of a pixel's variance, once its neighbours are known
-
-    def __init__(self, side):
+    def __init__(self, num_feats, scale=2.0):
         super().__init__()
-        self.side = side
+        self.register_buffer("B", torch.randn(2, num_feats) * scale)
 
-    def forward(self, input_coords, y_in, output_coords, y_t=None, noise_variance=None):
-        """Arguments and results are those of GaussianField."""
-        squared = y_in.square().sum(dim=1, keepdim=True)
-        variance = likely_variance(squared, y_in.shape[1])
-        y_out = y_in.new_zeros(*output_coords.shape[:2], y_in.shape[2])
-        coords, values = input_coords, y_in
-        if y_t is not None:
-            y_out = variance / (variance + noise_variance) * y_t
-            coords = torch.cat([output_coords, input_coords], dim=1)
-            values = torch.cat([y_out, y_in], dim=1)
-        return scatter(coords, values, self.side), y_out, variance
+    def forward(self, coords):
+        x, y = coords[..., :1], coords[..., 1:]
+        # not a matrix product: under bf16 autocast that would round the angles
+        angle = 2 * math.pi * (x * self.B[0] + y * self.B[1])
+        return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
 
 class SinusoidalTimeEmbedding(nn.Module):
@@ -465,6 +392,25 @@ class SinusoidalTimeEmbedding(nn.Module):
     def forward(self, t):
         angle = t[:, None].float() * self.frequencies
         return torch.cat([angle.sin(), angle.cos()], dim=-1)
+
+
+def rotate(x, coords):
+    """Rotary embedding in two dimensions. Su et al. (2021), arXiv 2104.09864, section 3.2.
+
+    Pairs of numbers are turned by angles that grow with the coordinates: half of them with x, half
+    with y, at wavelengths from 0.08 to 1.3 of the image's side. The dot product of two vectors
+    then depends on where they are to each other: a query can look for "two pixels to the left".
+
+    x (B, heads, N, d), coords (B, N, 2) -> (B, heads, N, d).
+    """
+    first, last = math.log10(0.08), math.log10(1.3)
+    wavelengths = torch.logspace(first, last, x.shape[-1] // 4, device=coords.device)
+    angle = 2 * math.pi * coords[..., None] / wavelengths                  # (B, N, 2, d / 4)
+    angle = angle.flatten(2)[:, None]                                      # (B, 1, N, d / 2)
+    # a pair as a complex number is turned by a product with exp(i angle)
+    pairs = torch.view_as_complex(x.to(angle.dtype).unflatten(-1, (-1, 2)))
+    turned = pairs * torch.polar(torch.ones_like(angle), angle)
+    return torch.view_as_real(turned).flatten(-2)
 
 
 class UNet(nn.Module):
@@ -502,16 +448,75 @@ class UNet(nn.Module):
         return x
 
 
-def ddpm_sample(model, schedule, output_coords, input_coords, input_values, generator=None,
-                on_step=None):
-    """Like ddim_sample, by schedule.ddpm."""
-    from schedule import ddpm, normal_like
+def unet_planes(picture, input_coords, output_coords, alpha_bar):
+    """What the U-Net sees: picture (B, C, side, side), and three planes that say how sure it is.
+
+    They are 1 at the inputs, alpha_bar (B, 1, 1) at the outputs, and sqrt(alpha_bar) everywhere.
+    Returns (B, C + 3, side, side).
+    """
+    side = picture.shape[-1]
+    ones = torch.ones_like(input_coords[..., :1])
+    input_plane = scatter(input_coords, ones, side)
+    output_plane = scatter(output_coords, alpha_bar * torch.ones_like(output_coords[..., :1]), side)
+    noise_level = alpha_bar.sqrt()[..., None].expand_as(input_plane)
+    return torch.cat([picture, input_plane, output_plane, noise_level], dim=1)
+
+
+class IndependentPixels(nn.Module):
+    """The same posterior if no pixel said anything about another: the covariance is the identity.
+
+    The equation above then holds for each pixel alone: a noisy value shrinks towards the mean by
+    the factor variance / (variance + noise). It takes the place of a Gaussian field left out.
+    """
+
+    unexplained = 0.36  # of a pixel's variance, once its neighbours are known
+
+    def __init__(self, side):
+        super().__init__()
+        self.side = side
+
+    def forward(self, input_coords, y_in, output_coords, y_t=None, noise_variance=None):
+        """Arguments and results are those of GaussianField."""
+        squared = y_in.square().sum(dim=1, keepdim=True)
+        variance = likely_variance(squared, y_in.shape[1])
+        y_out = y_in.new_zeros(*output_coords.shape[:2], y_in.shape[2])
+        coords, values = input_coords, y_in
+        if y_t is not None:
+            y_out = variance / (variance + noise_variance) * y_t
+            coords = torch.cat([output_coords, input_coords], dim=1)
+            values = torch.cat([y_out, y_in], dim=1)
+        return scatter(coords, values, self.side), y_out, variance
+
+
+def condition(model, output_coords, input_coords, input_values, generator):
+    """What the samplers of schedule.py need: denoise(x_t, t), and noise x_T (B, N_out, C)."""
+    from schedule import normal_like
 
     def denoise(x_t, t):
         return model(x_t, output_coords, t, input_coords, input_values)
 
     like = input_values[:, :1].expand(-1, output_coords.shape[1], -1)      # (B, N_out, C)
-    return ddpm(denoise, schedule, normal_like(like, generator), generator, on_step)
+    return denoise, normal_like(like, generator)
+
+
+def ddim_sample(model, schedule, output_coords, input_coords, input_values, num_steps=50, eta=0.0,
+                generator=None, on_step=None):
+    """Draw output values: from Gaussian noise at output_coords, by schedule.ddim.
+
+    output_coords (B, N_out, 2), input_coords (B, N_in, 2), input_values (B, N_in, C) in [-1, 1].
+    Returns (B, N_out, C), not clamped. Other arguments and errors are those of schedule.ddim.
+    """
+    from schedule import ddim
+    denoise, x_T = condition(model, output_coords, input_coords, input_values, generator)
+    return ddim(denoise, schedule, x_T, num_steps, eta, generator, on_step)
+
+
+def ddpm_sample(model, schedule, output_coords, input_coords, input_values, generator=None,
+                on_step=None):
+    """Like ddim_sample, by schedule.ddpm."""
+    from schedule import ddpm
+    denoise, x_T = condition(model, output_coords, input_coords, input_values, generator)
+    return ddpm(denoise, schedule, x_T, generator, on_step)
 
 
 def pixel_covariance(images):
@@ -559,18 +564,15 @@ def read_rows(matrix, coords, side):
 
     Between pixels bilinear interpolation, as in read_at, which would take longer.
     """
-    place = coords * (side - 1)
-    nearest = place.round()
-    if (place - nearest).abs().max() < 1e-3:
-        column, row = nearest.long().unbind(-1)
-        return matrix[row * side + column]
+    place = coords.flatten(0, 1) * (side - 1)
     low = place.floor().clamp(max=side - 2)
-    x, y = (place - low)[..., None].unbind(2)                              # (B, N, 1), 0 to 1
-    column, row = low.long().unbind(-1)
+    x, y = (place - low).unbind(1)                                         # (B * N,), 0 to 1
+    column, row = low.long().unbind(1)
     first = row * side + column
-    above = (1 - x) * matrix[first] + x * matrix[first + 1]
-    below = (1 - x) * matrix[first + side] + x * matrix[first + side + 1]
-    return (1 - y) * above + y * below
+    corners = torch.stack([first, first + 1, first + side, first + side + 1], dim=1)
+    weights = torch.stack([(1 - x) * (1 - y), x * (1 - y), (1 - x) * y, x * y], dim=1)
+    rows = F.embedding_bag(corners, matrix, per_sample_weights=weights, mode="sum")
+    return rows.unflatten(0, coords.shape[:2])
 
 
 def scatter(coords, values, side):
