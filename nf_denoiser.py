@@ -16,13 +16,11 @@ output values directly, and is trained on its mean squared error:
                                   +--> perceiver  attention between pixels, stronger where they are
                                                   near and alike: (B, N_out, 3)
 
-Each part can be left out (train.py --parts); README.md says what each one reaches alone.
-
-    python nf_denoiser.py                  # the parameters of each part
+Each part can be left out (train.py --parts). python nf_denoiser.py prints their parameters.
 
 Papers: Perceiver IO (Jaegle et al., 2021, arXiv 2107.14795); Gaussian Processes for Machine
 Learning (Rasmussen & Williams, 2006); U-Net (Ronneberger et al., 2015, arXiv 1505.04597); DDPM
-(Ho et al., 2020, arXiv 2006.11239). Needs torch: copy it anywhere; the command above needs data.py.
+(Ho et al., 2020, arXiv 2006.11239). Needs torch: copy it anywhere; the command needs data.py, too.
 """
 import argparse
 import math
@@ -99,32 +97,6 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
-class Block(nn.Module):
-    """A pre-norm transformer block: attention, then an MLP, each added to its input.
-
-    x (B, N, dim) attends to context (B, M, dim), or to itself if that is None -> (B, N, dim).
-    """
-
-    def __init__(self, dim, num_heads, dropout=0.0, placed=False, cross=False):
-        super().__init__()
-        self.norm_x = nn.LayerNorm(dim)
-        self.norm_context = nn.LayerNorm(dim) if cross else None
-        self.attention = Attention(dim, num_heads, placed)
-        self.norm_mlp = nn.LayerNorm(dim)
-        self.mlp = nn.Sequential(
-            nn.Linear(dim, 2 * dim), nn.ReLU(),
-            nn.Linear(2 * dim, dim), nn.Dropout(dropout))
-
-    def forward(self, x, x_coords=None, context=None, context_coords=None, log_w=None):
-        y = self.norm_x(x)
-        if context is None:
-            y = self.attention(y, y, x_coords, x_coords)
-        else:
-            y = self.attention(y, self.norm_context(context), x_coords, context_coords, log_w)
-        x = x + y
-        return x + self.mlp(self.norm_mlp(x))
-
-
 class PerceiverIO(nn.Module):
     """A set of vectors in, an answer for each query out. Perceiver IO (Jaegle et al.), fig. 2.
 
@@ -193,13 +165,12 @@ class GaussianField(nn.Module):
     covariance of channel c is this times variance_c, which is estimated from the input pixels.
     """
 
+    jitter = 1e-3       # noise of the clean pixels, in units of variance_c: keeps K invertible
     unexplained = 0.07  # share of the variance that is left when 20% of the pixels are known
 
     def __init__(self, covariance):
         super().__init__()
         self.register_buffer("covariance", covariance)
-        # noise of the clean pixels, in units of variance_c: keeps K invertible in float32
-        self.jitter = max(1e-3, 2e-6 * covariance.norm().item())
 
     def forward(self, input_coords, y_in, output_coords, y_t=None, noise_variance=None):
         """y_in (B, N_in, C): the clean pixels less their mean, at coordinates (B, N_in, 2).
@@ -235,17 +206,13 @@ class NFDenoiser(nn.Module):
     alphas_cumprod: (T,), from the DiffusionSchedule that x_t is made with. channels: of an image.
     parts: which of PARTS. widths: of the U-Net. side: height and width of the training images.
     covariance: pixel_covariance of the training images; None is exponential_covariance(side).
-    perceiver: the sizes of PerceiverIO. Raises ValueError for unknown parts or a
-    side that the U-Net cannot halve, and as PerceiverIO does.
+    perceiver: the sizes of PerceiverIO. Raises ValueError for unknown parts and odd sizes.
     """
 
     def __init__(self, alphas_cumprod, channels=3, parts=PARTS, widths=(96, 192, 384), side=32,
                  covariance=None, num_fourier_feats=256, **perceiver):
         super().__init__()
-        if not parts or set(parts) - set(PARTS):
-            raise ValueError(f"parts must be one or more of {', '.join(PARTS)}, got {parts}")
-        if "unet" in parts and side % 2 ** (len(widths) - 1):
-            raise ValueError(f"side must be divisible by {2 ** (len(widths) - 1)}, got {side}")
+        check_parts(parts, widths, side)
         self.register_buffer("alphas_cumprod", alphas_cumprod.detach().float().cpu())
         self.side, self.unet, self.perceiver = side, None, None
         self.prior = IndependentPixels(side)
@@ -354,7 +321,33 @@ def one_step_mean(model, schedule, output_coords, input_coords, input_values):
     return (x_0_hat + mirrored) / 2
 
 
-# ============= below: embeddings, U-Net, independent pixels, samplers, points and pixels, sizes
+# ========== below: block, embeddings, U-Net, independent pixels, samplers, points and pixels, sizes
+class Block(nn.Module):
+    """A pre-norm transformer block: attention, then an MLP, each added to its input.
+
+    x (B, N, dim) attends to context (B, M, dim), or to itself if that is None -> (B, N, dim).
+    """
+
+    def __init__(self, dim, num_heads, dropout=0.0, placed=False, cross=False):
+        super().__init__()
+        self.norm_x = nn.LayerNorm(dim)
+        self.norm_context = nn.LayerNorm(dim) if cross else None
+        self.attention = Attention(dim, num_heads, placed)
+        self.norm_mlp = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, 2 * dim), nn.ReLU(),
+            nn.Linear(2 * dim, dim), nn.Dropout(dropout))
+
+    def forward(self, x, x_coords=None, context=None, context_coords=None, log_w=None):
+        y = self.norm_x(x)
+        if context is None:
+            y = self.attention(y, y, x_coords, x_coords)
+        else:
+            y = self.attention(y, self.norm_context(context), x_coords, context_coords, log_w)
+        x = x + y
+        return x + self.mlp(self.norm_mlp(x))
+
+
 class FourierFeatures(nn.Module):
     """gamma(v) = [sin(2 pi B v), cos(2 pi B v)], Tancik et al. (2020), arXiv 2006.10739, eq. 5.
 
@@ -522,11 +515,12 @@ def ddpm_sample(model, schedule, output_coords, input_coords, input_values, gene
 def pixel_covariance(images):
     """Second moments of the pixels of images uint8 (N, C, side, side), channels pooled.
 
-    Values in [-1, 1], averaged with the mirror images, scaled to a mean variance of 1.
+    Values in [-1, 1], averaged with the mirror images, scaled to a mean variance of 1. An image of
+    white noise is added, so that few or equal images, too, have a covariance that can be inverted.
     Returns float32 (side * side, side * side) on the images' device.
     """
     side = images.shape[-1]
-    total = 0
+    total = torch.eye(side * side, device=images.device)
     for part in images.split(1000):
         x = part.flatten(0, 1).flatten(1).float() / 127.5 - 1              # (1000 C, side * side)
         total = total + x.T @ x
@@ -598,6 +592,13 @@ def read_at(image, coords):
     """Bilinear interpolation of image (B, C, H, W) at coords (B, N, 2) in [0, 1]: (B, N, C)."""
     grid = 2 * coords[:, :, None] - 1                                      # (B, N, 1, 2)
     return F.grid_sample(image.to(grid), grid, align_corners=True)[..., 0].mT
+
+
+def check_parts(parts, widths, side):
+    if not parts or set(parts) - set(PARTS):
+        raise ValueError(f"parts must be one or more of {', '.join(PARTS)}, got {parts}")
+    if "unet" in parts and side % 2 ** (len(widths) - 1):
+        raise ValueError(f"side must be divisible by {2 ** (len(widths) - 1)}, got {side}")
 
 
 def check_shapes(x_t, output_coords, t, input_coords, input_values, channels):

@@ -51,25 +51,6 @@ def add_masking_noise(images, mask_prob=0.3, generator=None):
     return images.masked_fill(u < mask_prob, 0)
 
 
-def add_mixed_noise(images, generator=None):
-    """Corrupt each image with one of the three noises, each at its own random strength.
-
-    A network trained on it cannot rely on one kind or one amount of damage. Strengths are uniform:
-    Gaussian 0.1 to 0.5, salt and pepper 0.05 to 0.4, masking 0.1 to 0.6. images: float (B, ...).
-    Raises ValueError without a batch dimension and for integers.
-    """
-    if images.dim() < 2:
-        raise ValueError(f"mixed noise needs a batch (B, ...), got shape {tuple(images.shape)}")
-    one_per_image = (len(images), *[1] * (images.dim() - 1))
-    u = torch.rand(one_per_image, generator=generator, device=images.device).to(images.dtype)
-    kind = torch.randint(3, one_per_image, generator=generator, device=images.device)
-    gaussian = add_gaussian_noise(images, 0.1 + 0.4 * u, generator)
-    salt_pepper = add_salt_pepper_noise(images, 0.05 + 0.35 * u, generator)
-    masked = add_masking_noise(images, 0.1 + 0.5 * u, generator)
-    mixed = torch.where(kind == 0, gaussian, salt_pepper)
-    return torch.where(kind == 2, masked, mixed)
-
-
 def psnr(mse):
     """Peak signal-to-noise ratio in dB of values in [0, 1]: -10 log10(mse), at most 100.
 
@@ -105,7 +86,25 @@ def ssim(a, b):
     return (luminance * structure).mean(1)
 
 
-# ===================== below: random numbers, checks, command line, picture
+# ===================== below: mixed noise, random numbers, checks, command line, picture
+def add_mixed_noise(images, generator=None):
+    """Corrupt each image with one of the three noises, each at its own random strength.
+
+    A network trained on it cannot rely on one kind or one amount of damage. Strengths are uniform:
+    Gaussian 0.1 to 0.5, salt and pepper 0.05 to 0.4, masking 0.1 to 0.6. images: float (B, ...).
+    Raises ValueError without a batch dimension and for integers.
+    """
+    if images.dim() < 2:
+        raise ValueError(f"mixed noise needs a batch (B, ...), got shape {tuple(images.shape)}")
+    one_per_image = (len(images), *[1] * (images.dim() - 1))
+    u = torch.rand(one_per_image, generator=generator, device=images.device).to(images.dtype)
+    kind = torch.randint(3, one_per_image, generator=generator, device=images.device)
+    gaussian = add_gaussian_noise(images, 0.1 + 0.4 * u, generator)
+    salt_pepper = add_salt_pepper_noise(images, 0.05 + 0.35 * u, generator)
+    masked = add_masking_noise(images, 0.1 + 0.5 * u, generator)
+    mixed = torch.where(kind == 0, gaussian, salt_pepper)
+    return torch.where(kind == 2, masked, mixed)
+
 
 # name on the command line: (function, default strength)
 NOISES = {

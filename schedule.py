@@ -32,21 +32,6 @@ def cosine_beta_schedule(timesteps, s=0.008):
     return betas.clamp(0.0001, 0.9999)
 
 
-def linear_beta_schedule(timesteps, beta_start=0.0001, beta_end=0.02):
-    """Betas on a straight line from beta_start to beta_end. DDPM, section 4.
-
-    The two ends are for 1,000 steps. Fewer steps must add as much noise in total, so betas are
-    multiplied by 1000 / T, as in the code of Improved DDPM.
-    timesteps: T, 1 to 10,000; both ends in (0, 1). Returns float64 (T,). Raises ValueError for
-    other values.
-    """
-    check_timesteps(timesteps)
-    if not (0 < beta_start < 1 and 0 < beta_end < 1):
-        raise ValueError(f"betas must lie between 0 and 1, got {beta_start} to {beta_end}")
-    betas = torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64)
-    return (betas * 1000 / timesteps).clamp(max=0.9999)
-
-
 class DiffusionSchedule:
     """The constants of a noise schedule, float64 tensors (T,), and the steps that use them.
 
@@ -161,7 +146,20 @@ def ddpm(denoise, schedule, x_T, generator=None, on_step=None):
     return x_t
 
 
-# ===================== below: indexing, random numbers, checks, command line, picture
+# ============= below: linear betas, indexing, random numbers, checks, command line, picture
+def linear_beta_schedule(timesteps, beta_start=0.0001, beta_end=0.02):
+    """Betas on a straight line from beta_start to beta_end. DDPM, section 4.
+
+    The two ends are for 1,000 steps. Fewer steps must add as much noise in total, so betas are
+    multiplied by 1000 / T, as in the code of Improved DDPM.
+    timesteps: T, 1 to 10,000; both ends in (0, 1). Returns float64 (T,). Raises ValueError for
+    other values.
+    """
+    check_timesteps(timesteps)
+    if not (0 < beta_start < 1 and 0 < beta_end < 1):
+        raise ValueError(f"betas must lie between 0 and 1, got {beta_start} to {beta_end}")
+    betas = torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64)
+    return (betas * 1000 / timesteps).clamp(max=0.9999)
 
 
 def predict_x_0(denoise, x_t, t, on_step):

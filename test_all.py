@@ -1724,42 +1724,6 @@ def large_answers(model):
     return model
 
 
-def attention_alone(num_latents=None):
-    """A model of attention without Fourier features, and a problem with random coordinates."""
-    model = large_answers(tiny_field(("perceiver",), num_latents=num_latents))
-    model.fourier.B.zero_()
-    x_t, _, t, _, values = random_problem()
-    out = 0.1 + 0.8 * torch.rand(2, 20, 2)
-    coords = 0.1 + 0.8 * torch.rand(2, 30, 2)
-    return model, (x_t, out, t, coords, values)
-
-
-def test_the_order_of_the_given_pixels_does_not_matter():
-    for num_latents in (None, 4):
-        model, (x_t, out, t, coords, values) = attention_alone(num_latents)
-        expected = model(x_t, out, t, coords, values)
-        order = torch.randperm(30)
-        got = model(x_t, out, t, coords[:, order], values[:, order])
-        close(got, expected, 1e-4)
-
-
-def test_shifting_all_coordinates_changes_nothing_but_the_fourier_features():
-    model, (x_t, out, t, coords, values) = attention_alone()
-    expected = model(x_t, out, t, coords, values)
-    shift = torch.tensor([0.1, -0.05])
-    got = model(x_t, out + shift, t, coords + shift, values)
-    close(got, expected, 1e-3)
-
-
-def test_random_coordinates_are_not_rounded_to_the_grid():
-    model, problem = attention_alone()
-    expected = model(*problem)
-    for i in (1, 3):  # those of the outputs, those of the inputs
-        rounded = list(problem)
-        rounded[i] = (31 * rounded[i]).round() / 31
-        assert (model(*rounded) - expected).abs().max() > 0.01
-
-
 # Posterior mean of a Gaussian random field: C W^T (W C W^T + D)^-1 y
 
 
@@ -1831,7 +1795,7 @@ def test_pixel_covariance_written_out():
     x = images.double() / 127.5 - 1
     with_mirrored = torch.cat([x, x.flip(3)])
     vectors = with_mirrored.view(-1, 64)
-    C = vectors.T @ vectors
+    C = vectors.T @ vectors + 2 * torch.eye(64)  # and of white noise, and its mirror image
     expected = C / C.diag().mean()
     close(nf_denoiser.pixel_covariance(images), expected, 1e-5)
 
@@ -1839,6 +1803,18 @@ def test_pixel_covariance_written_out():
 def test_a_covariance_that_is_none_is_refused():
     model = tiny_field(("gaussian",), covariance=1 - 2 * torch.eye(256))
     raises(torch.linalg.LinAlgError, lambda: model(*random_problem()))
+
+
+def test_a_field_of_equal_pictures_knows_them():
+    """Their covariance alone could not be inverted."""
+    images = data.make_leaves(1, 0)[0].expand(20, -1, -1, -1)
+    covariance = nf_denoiser.pixel_covariance(images)
+    model = tiny_field(("gaussian",), side=32, covariance=covariance)
+    for input_ratio in (0.2, 0.4, 0.79):
+        split = data.sparse_split(images[:4], input_ratio)
+        known = split["input_coords"], split["input_values"]
+        got = model(split["output_values"], split["output_coords"], torch.zeros(4), *known)
+        close(got, split["output_values"], 0.03)
 
 
 def test_independent_pixels_are_a_field_with_the_identity_as_covariance():
