@@ -276,15 +276,16 @@ class NFDenoiser(nn.Module):
             answer = answer + self.unet_to_values(features[0])
         if self.perceiver:
             time = self.embed_time(t)[:, None, :]                          # (B, 1, 64)
-            inputs = [self.fourier(input_coords), y_in / contrast,
-                      time.expand(-1, y_in.shape[1], -1)]
-            queries = [self.fourier(output_coords), y_out / contrast,
-                       time.expand(-1, y_out.shape[1], -1)]
+
+            def describe(coords, y, *more):
+                times = time.expand(-1, y.shape[1], -1)
+                return torch.cat([self.fourier(coords), y / contrast, times, *more], dim=2)
+
+            inputs = describe(input_coords, y_in)
+            queries = describe(output_coords, y_out, *features)
             # a noisy pixel tells less: its weight in a softmax is multiplied by alpha_bar
             log_w = None if x_t is None else alpha_bar[:, 0].log()
-            answer = answer + self.perceiver(torch.cat(inputs, dim=2), input_coords,
-                                             torch.cat(queries + features, dim=2), output_coords,
-                                             log_w)
+            answer = answer + self.perceiver(inputs, input_coords, queries, output_coords, log_w)
         with exact:
             return (mean + y_out + std * answer.float()) @ self.colours.T
 
@@ -363,9 +364,8 @@ class FourierFeatures(nn.Module):
         self.register_buffer("B", torch.randn(2, num_feats) * scale)
 
     def forward(self, coords):
-        x, y = coords[..., :1], coords[..., 1:]
         # not a matrix product: under bf16 autocast that would round the angles
-        angle = 2 * math.pi * (x * self.B[0] + y * self.B[1])
+        angle = 2 * math.pi * (coords[..., None] * self.B).sum(dim=-2)
         return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
 
@@ -628,11 +628,10 @@ SIZES = {  # --size; "full" has the Perceiver IO of the original design
 def main():
     argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
     torch.manual_seed(0)
-    for name, config in SIZES.items():
+    for size, config in SIZES.items():
         model = NFDenoiser(torch.linspace(1, 1e-6, 1000), **config)
-        print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, namely")
-        for part, module in model.named_children():
-            print(f"  {part:16}{sum(p.numel() for p in module.parameters()):12,}")
+        for name, module in [(f"{size}:", model), *model.named_children()]:
+            print(f"{name:16}{sum(p.numel() for p in module.parameters()):12,} parameters")
     print("(nothing was written; train.py trains a model)")
 
 

@@ -2055,7 +2055,7 @@ def test_nf_denoiser_prints_the_parameters_of_each_part():
     printed = works(nf_denoiser, "")
     for name, config in nf_denoiser.SIZES.items():
         model = nf_denoiser.NFDenoiser(torch.ones(9), **config)
-        _, section = printed.split(f"{name}: ")
+        _, section = printed.split(f"{name}:")
         for part, module in (("", model), ("unet", model.unet), ("perceiver", model.perceiver)):
             count = sum(weight.numel() for weight in module.parameters())
             assert re.search(rf"{part} *{count:,}\b", section)
