@@ -6,7 +6,7 @@ leaves     32 x 32 colour, made here: overlapping discs     Lee, Mumford & Huang
 glyphs     28 x 28 grey, made here: digits of Pillow's font, turned, scaled and shifted
 a folder   every picture below it, as 32 x 32 colour or 28 x 28 grey
 
-    python data.py                         # CIFAR-10 (or leaves) as sparse pixels: out/data.png
+    python data.py                  # CIFAR-10 (or leaves) as sparse pixels: out/data.png
 
 This file needs only torch, numpy and Pillow: copy it anywhere.
 """
@@ -33,8 +33,8 @@ def load_cifar10(root, train):
     """CIFAR-10, binary version, from root/cifar-10-batches-bin, one folder higher or deeper, or
     from root/cifar-10-binary.tar.gz, which is downloaded if nothing is there.
 
-    Returns (images uint8 (N, 3, 32, 32), labels uint8 (N,)); N is 50,000 or 10,000, or fewer,
-    with a notice. Raises ConnectionError if a download fails, ValueError for a damaged file.
+    Returns (images uint8 (N, 3, 32, 32), labels uint8 (N,)); N is 50,000 or 10,000, with a notice
+    if fewer. Raises ConnectionError if a download fails, ValueError for a damaged file.
     """
     names = [f"data_batch_{i}.bin" for i in range(1, 6)] if train else ["test_batch.bin"]
     records = torch.cat([read_cifar10_records(root, name) for name in names])
@@ -54,17 +54,16 @@ def load_mnist(root, train):
     labels = read_idx(root, f"{prefix}-labels-idx1-ubyte", ())
     if len(images) != len(labels) or labels.max() > 9:
         raise ValueError(f"{root}: {len(images):,} {prefix} images with {len(labels):,} labels up "
-                         f"to {labels.max()} are not MNIST (one label each, up to 9): move them "
-                         f"away to fetch it")
+                         f"to {labels.max()} are not MNIST: move them away to fetch it")
     return images[:, None], labels
 
 
 def parse_idx(content, shape):
     """The items of the given shape in the bytes of an IDX file: uint8 (N, *shape).
 
-    An IDX file starts with big-endian 32-bit numbers: 0x0800 (the values are uint8) plus the
-    number of dimensions, then the size of each dimension. The values follow, the last dimension
-    fastest. Raises ValueError if the header is not that of (N, *shape) with N > 0.
+    It starts with big-endian 32-bit numbers: 0x0800 (the values are uint8) plus the number of
+    dimensions, then the size of each one. The values follow, the last dimension fastest. Raises
+    ValueError if the header is not that of (N, *shape) with N > 0.
     """
     header = np.frombuffer(content, ">u4", count=2 + len(shape)).tolist()
     items = np.frombuffer(content, np.uint8, offset=4 * len(header)).reshape(-1, *shape)
@@ -99,8 +98,7 @@ def sparse_split(images, input_ratio=0.2, output_ratio=0.2, generator=None, orde
     n_in, n_out = count_split(height * width, input_ratio, output_ratio)
     if order is None:
         order = torch.rand(batch, height * width, generator=generator, device=images.device)
-    # Sorting random numbers shuffles the pixels of every image at once, without a loop: the
-    # first n_in indices of a row are the input, the next n_out the output.
+    # Sorting random numbers shuffles the pixels of every image at once, without a loop.
     shuffled = order.argsort(dim=1, stable=True)  # (B, H * W)
     chosen = {"input": shuffled[:, :n_in], "output": shuffled[:, n_in:n_in + n_out]}
 
@@ -128,6 +126,8 @@ MNIST_MD5 = {"train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
              "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
              "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
              "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c"}
+PLACES = ["cifar-10-batches-bin", "MNIST/raw", "MNIST", "raw", ".", "*/cifar-10-batches-bin",
+          "*/MNIST/raw"]  # below --data-dir
 
 
 def download(urls, path, md5):
@@ -163,18 +163,17 @@ def write_whole(path, content):
         temporary.unlink(missing_ok=True)
 
 
-def find(root, places, names):
-    """The first file of one of these names in one of these places, patterns for glob, or None."""
-    for place in places:
+def find(root, *names):
+    """The first file that has one of these names, patterns for glob, in a usual place, or None."""
+    for place in PLACES:
         for name in names:
             for path in sorted(Path(root).glob(f"{place}/{name}")):
                 return path
 
 
 def read_cifar10_records(root, name):
-    """The records of a file of CIFAR-10, uint8 (N, 3073); if it is not there, from root/
-    cifar-10-binary.tar.gz, which is downloaded if need be."""
-    path = find(root, ["cifar-10-batches-bin", ".", "*/cifar-10-batches-bin"], [name])
+    """The records of a file of CIFAR-10, uint8 (N, 3073), fetched if it is not there."""
+    path = find(root, name)
     if not path:
         archive = Path(root, "cifar-10-binary.tar.gz")
         path = Path(root, "cifar-10-batches-bin", name)
@@ -197,8 +196,7 @@ def read_cifar10_records(root, name):
 def read_idx(root, name, shape):
     """parse_idx of a file of MNIST, which is downloaded if it is not there."""
     stem = name.replace("-idx", "[-.]idx")
-    path = find(root, ["MNIST/raw", "MNIST", "raw", ".", "*/MNIST/raw"],
-                [f"{stem}/{stem}", stem, f"{stem}.gz"])  # some programs unpack x.gz to x/x
+    path = find(root, f"{stem}/{stem}", stem, f"{stem}.gz")  # some programs unpack x.gz to x/x
     if not path:
         path = Path(root, "MNIST/raw", f"{name}.gz")
         download([url + path.name for url in MNIST_URLS], path, MNIST_MD5[path.name])
@@ -221,12 +219,10 @@ def fixed_order(seed, indices, num_pixels):
 
 
 def off_grid_split(images, input_ratio=0.2, output_ratio=0.2, generator=None, order=None):
-    """Like sparse_split, but the input lies at random places, not on the pixel grid.
-
-    Its values are read bilinearly from the image at coordinates uniform in [0, 1]^2; input_indices
-    are the nearest pixels. The output are pixels of the grid, for output_ratio None all of them.
-    order: uniform (B, H * W + 2 N_in): first random numbers for the pixels, then the coordinates.
-    """
+    """Like sparse_split, but the input lies at random places, not on the pixel grid: its values are
+    read bilinearly, input_indices are the nearest pixels. Output are pixels of the grid, for
+    output_ratio None all of them. order: uniform in [0, 1], (B, H * W + 2 N_in): random numbers for
+    the pixels, then the coordinates."""
     batch, _, height, width = images.shape
     pixels = height * width
     n_in, n_out = count_split(pixels, input_ratio, output_ratio)
@@ -329,10 +325,8 @@ def load_dataset(name, root, train, real="cifar10"):
 
 def load_folder(folder, train, channels, side):
     """Every picture below a folder. The 10% with the lowest hashes of their names are the test set.
-
     Returns (images uint8 (N, channels, side, side), labels int64 (N,), the numbers of the
-    subfolders in alphabetical order, without any all 0). Raises ValueError below 20.
-    """
+    subfolders in alphabetical order, without any all 0). Raises ValueError below 20."""
     def place(name):
         return zlib.crc32(os.fsencode(name)), name
 
@@ -370,10 +364,8 @@ def files_below(folder):
 
 def open_picture(path, least_side=None):
     """A Pillow image, RGBA and upright; its info holds what a result should keep of the file.
-
     least_side: JPEG files are reduced while they are read, but not below it; no notices. Raises
-    ValueError for a file that is no picture, damaged or huge, and if it is unknown what white is.
-    """
+    ValueError for a file that is damaged, huge or no picture, or if it is unknown what is white."""
     limit = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = None
     try:
@@ -381,7 +373,8 @@ def open_picture(path, least_side=None):
             if math.prod(file.size) > 300_000_000:
                 raise ValueError("it has more than 300 megapixels: reduce it first")
             # 16 bits: Pillow says so in the mode or in its name for the file's layout, not for PPM
-            deep = ";16" in f"{file.mode} {file.tile}" or (file.format, file.mode) == ("PPM", "I")
+            layout = f"{file.format} {file.mode} {file.tile}"
+            deep = ";16" in layout or layout.startswith("PPM I ")
             frames = getattr(file, "n_frames", 1)
             if least_side:
                 file.draft(None, (least_side, least_side))
@@ -452,9 +445,9 @@ def load_picture(path, channels, mask=None, input_ratio=0.2, seed=0):
     """A picture with missing pixels: (image uint8 (C, H, W), input_mask bool (H, W), has_truth,
     info), where info holds keywords for Pillow's save: icc_profile and dpi of the file.
 
-    Missing pixels: transparent ones (alpha below 128), and those that the picture `mask` marks;
-    of a complete picture (has_truth) all but input_ratio, drawn with `seed`. Raises ValueError
-    for files that cannot be used and for a mask of another size or that marks nothing.
+    Missing are transparent pixels (alpha below 128) and those that the picture `mask` marks, of a
+    complete picture (has_truth) all but input_ratio, drawn with `seed`. Raises ValueError for
+    files that cannot be used.
     """
     picture = open_picture(path)
     if mask:
@@ -471,11 +464,11 @@ def load_picture(path, channels, mask=None, input_ratio=0.2, seed=0):
 def read_mask(path, size):
     """What a mask marks, 255 in a Pillow image of mode L: levels of 16 or more, so that soft edges
     count; of two levels the higher one. Transparent pixels have the level 0, but in a photograph
-    with holes they are what is marked. Raises ValueError if nothing is."""
+    with holes they are what is marked. Raises ValueError if nothing is, and for another size."""
     picture = open_picture(path)
     if picture.size != size:
-        raise ValueError(f"{path} has the size {picture.size} and the picture {size}: they must "
-                         f"have the same size")
+        raise ValueError(f"{path} must have the same size as the picture: it has {picture.size}, "
+                         f"not {size}")
     grey, alpha = picture.convert("LA").split()
     levels = ImageChops.multiply(grey, alpha)
     shades = sorted(grey.histogram(alpha))
@@ -494,10 +487,8 @@ def read_mask(path, size):
 
 
 def save_pictures(folder, pictures, **options):
-    """Save {file name: Pillow image} below a folder, all or none, and say where.
-
-    options: for Pillow's save. A colour profile decides whether a picture is saved in grey.
-    """
+    """Save {file name: Pillow image} below a folder, all or none, and say where. options: for
+    Pillow's save; a colour profile decides whether a picture is saved in grey."""
     folder.mkdir(parents=True, exist_ok=True)
     space = options.get("icc_profile", b"")[16:20]
     mode = {b"GRAY": "L", b"RGB ": "RGB"}.get(space)  # None: as it is
@@ -514,9 +505,7 @@ def save_pictures(folder, pictures, **options):
 
 def image_grid(rows, column_labels=(), row_labels=(), captions=None, zoom=4):
     """A Pillow image of rows, lists of images (C, H, W) of one size, C = 1 or 3, in [0, 1].
-
-    captions: a list of strings for each row, written below the images. zoom: size of a pixel.
-    """
+    captions: a list of strings for each row, written below the images. zoom: size of a pixel."""
     height, width = (zoom * size for size in rows[0][0].shape[1:])
     font = ImageFont.load_default(13)
     left = 12 + int(max(map(font.getlength, row_labels), default=0))
