@@ -204,8 +204,10 @@ def read_idx(root, name, shape):
         with open(path, "rb") as file:
             zipped = file.peek()[:2] == b"\x1f\x8b"  # whatever its name says
             content = gzip.open(file) if zipped else file
-            # a million items are enough: EMNIST has 697,932
-            return parse_idx(content.read(1_000_016 * math.prod(shape)), shape)
+            start = content.read(8)
+            count = min(int.from_bytes(start[4:], "big"), 1_000_000)  # EMNIST has 697,932
+            rest = content.read(8 + (count + 1) * math.prod(shape))  # an item too many is enough
+            return parse_idx(start + rest, shape)
     except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as problem:
         raise ValueError(f"{path}: expected the IDX format, items of shape {shape}, found "
                          f"{problem}; if it is damaged, delete it to fetch it again") from None
