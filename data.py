@@ -34,8 +34,7 @@ def load_cifar10(root, train):
     from root/cifar-10-binary.tar.gz, which is downloaded if nothing is there.
 
     Returns (images uint8 (N, 3, 32, 32), labels uint8 (N,)); N is 50,000 or 10,000, with a notice
-    if fewer. Raises ConnectionError if a download fails, ValueError for a damaged file.
-    """
+    if fewer. Raises ConnectionError if a download fails, ValueError for a damaged file."""
     names = [f"data_batch_{i}.bin" for i in range(1, 6)] if train else ["test_batch.bin"]
     records = torch.cat([read_cifar10_records(root, name) for name in names])
     # A record has 3,073 bytes: the label, then all red values, all green, all blue, each plane
@@ -45,10 +44,8 @@ def load_cifar10(root, train):
 
 def load_mnist(root, train):
     """MNIST from its IDX files, gzipped or not, in root, root/MNIST or root/MNIST/raw; downloaded
-    into the last one if they are not there.
-
-    Returns (images uint8 (N, 1, 28, 28), labels uint8 (N,)). Raises as load_cifar10 does.
-    """
+    into the last one if they are not there. Returns (images uint8 (N, 1, 28, 28), labels uint8
+    (N,)). Raises as load_cifar10 does."""
     prefix = "train" if train else "t10k"
     images = read_idx(root, f"{prefix}-images-idx3-ubyte", (28, 28))
     labels = read_idx(root, f"{prefix}-labels-idx1-ubyte", ())
@@ -58,15 +55,17 @@ def load_mnist(root, train):
     return images[:, None], labels
 
 
-def parse_idx(content, shape):
-    """The items of the given shape in the bytes of an IDX file: uint8 (N, *shape).
+def parse_idx(file, shape):
+    """The items of the given shape in an IDX file that is open: uint8 (N, *shape).
 
     It starts with big-endian 32-bit numbers: 0x0800 (the values are uint8) plus the number of
     dimensions, then the size of each one. The values follow, the last dimension fastest. Raises
-    ValueError if the header is not that of (N, *shape) with N > 0.
-    """
-    header = np.frombuffer(content, ">u4", count=2 + len(shape)).tolist()
-    items = np.frombuffer(content, np.uint8, offset=4 * len(header)).reshape(-1, *shape)
+    ValueError if the header is not that of (N, *shape) with N > 0."""
+    size = 2 + len(shape)
+    header = np.frombuffer(file.read(4 * size), ">u4", size).tolist()
+    count = min(header[1], 1_000_000)  # EMNIST has 697,932
+    content = file.read((count + 1) * math.prod(shape))  # an item too many is enough
+    items = np.frombuffer(content, np.uint8).reshape(-1, *shape)
     if header != [0x0800 + items.ndim, len(items) or 1, *shape]:
         raise ValueError(f"header {header} for {len(items):,} items")
     return torch.tensor(items)
@@ -92,8 +91,7 @@ def sparse_split(images, input_ratio=0.2, output_ratio=0.2, generator=None, orde
     numbers (B, H * W), such as fixed_order's; None draws them with `generator`.
     Returns a dict: full_image (B, C, H, W), input_coords (B, N_in, 2), input_values (B, N_in, C),
     input_indices (B, N_in), the same for the output. A coordinate is (x, y) = (column, row) /
-    (side - 1), an index row * W + column. Raises ValueError for ratios of no or too many pixels.
-    """
+    (side - 1), an index row * W + column. Raises ValueError for ratios of no or too many pixels."""
     batch, _, height, width = images.shape
     n_in, n_out = count_split(height * width, input_ratio, output_ratio)
     if order is None:
@@ -203,11 +201,7 @@ def read_idx(root, name, shape):
     try:
         with open(path, "rb") as file:
             zipped = file.peek()[:2] == b"\x1f\x8b"  # whatever its name says
-            content = gzip.open(file) if zipped else file
-            start = content.read(8)
-            count = min(int.from_bytes(start[4:], "big"), 1_000_000)  # EMNIST has 697,932
-            rest = content.read(8 + (count + 1) * math.prod(shape))  # an item too many is enough
-            return parse_idx(start + rest, shape)
+            return parse_idx(gzip.open(file) if zipped else file, shape)
     except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as problem:
         raise ValueError(f"{path}: expected the IDX format, items of shape {shape}, found "
                          f"{problem}; if it is damaged, delete it to fetch it again") from None
@@ -300,7 +294,6 @@ MODES = {1: "L", 3: "RGB"}  # Pillow's names for the numbers of channels
 
 def load_dataset(name, root, train, real="cifar10"):
     """Images and labels of "cifar10", "mnist", "leaves", "glyphs", "auto" or a folder of pictures.
-
     real: "cifar10" or "mnist": what "auto" tries before a built-in set, and whose image size the
     pictures of a folder get. Returns (name of what was loaded, images uint8 (N, C, H, W), labels
     (N,), whole numbers from 0 on). Raises ValueError for another name, and what the loaders raise.
@@ -449,8 +442,7 @@ def load_picture(path, channels, mask=None, input_ratio=0.2, seed=0):
 
     Missing are transparent pixels (alpha below 128) and those that the picture `mask` marks, of a
     complete picture (has_truth) all but input_ratio, drawn with `seed`. Raises ValueError for
-    files that cannot be used.
-    """
+    files that cannot be used."""
     picture = open_picture(path)
     if mask:
         picture.paste((0, 0, 0, 0), mask=read_mask(mask, picture.size))
