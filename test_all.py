@@ -638,13 +638,10 @@ def test_cifar10_is_found_one_folder_too_deep_or_too_shallow():
 
 
 def test_of_the_python_version_of_cifar10_it_is_said_which_archive_is_needed():
-    for found, is_it in (("cifar-10-batches-py", True), ("cifar-10-python.tar.gz", True),
-                         ("data_batch_1", True), ("test_batch.bin.gz", False)):
-        with folder() as root, patched(data, CIFAR10_URLS=[]):
-            write_cifar10(root / "data", name=found)
-            refused(data, "--data cifar10", "cifar-10-binary.tar.gz", f"found there: {found}")
-            _, _, said = run(data, "--data cifar10")
-            assert ("is the Python version" in said) == is_it
+    with folder(), patched(data, CIFAR10_URLS=[]):
+        os.makedirs("data/cifar-10-batches-py")
+        refused(data, "--data cifar10", "put this file", "cifar-10-binary.tar.gz",
+                "found there: cifar-10-batches-py")
 
 
 def test_mnist_is_read_as_documented_zipped_or_not():
@@ -1484,6 +1481,17 @@ def test_the_limit_that_other_programs_have_in_pillow_stays():
         data.open_picture("photo.png")
         raises(ValueError, lambda: data.open_picture("none.png"))
         assert Image.MAX_IMAGE_PIXELS == 10
+
+
+def test_without_the_binary_version_of_cifar10_the_python_version_is_named():
+    for name, is_it in (("cifar-10-batches-py", True), ("cifar-10-python.tar.gz", True),
+                        ("data_batch_1", True), ("test_batch.bin.gz", False)):
+        with folder(), patched(data, CIFAR10_URLS=[]):
+            os.mkdir("data")
+            Path("data", name).touch()
+            refused(data, "--data cifar10", "cifar-10-binary.tar.gz", f"found there: {name}")
+            said = run(data, "--data cifar10")[2]
+            assert ("is the Python version" in said) == is_it
 
 
 def test_expected_errors_end_in_one_line():
