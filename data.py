@@ -6,12 +6,11 @@ leaves     32 x 32 colour, made here: overlapping discs     Lee, Mumford & Huang
 glyphs     28 x 28 grey, made here: digits of Pillow's font, turned, scaled and shifted
 a folder   every picture below it, as 32 x 32 colour or 28 x 28 grey
 
-    python data.py                         # CIFAR-10 (or leaves) as sparse pixels: out/data.png
+    python data.py                  # CIFAR-10 (or leaves) as sparse pixels: out/data.png
 
 This file needs only torch, numpy and Pillow: copy it anywhere.
 """
 import argparse
-import contextlib
 import gzip
 import hashlib
 import math
@@ -21,6 +20,7 @@ import tarfile
 import tempfile
 import urllib.request
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -28,54 +28,47 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
 
-Image.MAX_IMAGE_PIXELS = None  # open_picture has its own limit
-
 
 def load_cifar10(root, train):
     """CIFAR-10, binary version, from root/cifar-10-batches-bin, one folder higher or deeper, or
     from root/cifar-10-binary.tar.gz, which is downloaded if nothing is there.
 
-    Returns (images uint8 (N, 3, 32, 32), labels uint8 (N,)); N is 50,000 or 10,000, or fewer,
-    with a notice. Raises ConnectionError if a download fails, ValueError for a damaged file.
-    """
+    Returns (images uint8 (N, 3, 32, 32), labels uint8 (N,)); N is 50,000 or 10,000, with a notice
+    if fewer. Raises ConnectionError if a download fails, ValueError for a damaged file."""
     names = [f"data_batch_{i}.bin" for i in range(1, 6)] if train else ["test_batch.bin"]
-    records = torch.cat([read_cifar10_records(root, name) for name in names])  # (N, 3073)
+    records = torch.cat([read_cifar10_records(root, name) for name in names])
     # A record has 3,073 bytes: the label, then all red values, all green, all blue, each plane
     # row by row from the top. That is already the order (channel, row, column) of a tensor.
-    labels = records[:, 0]
-    images = records[:, 1:].reshape(-1, 3, 32, 32)
-    return images, labels
+    return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0]
 
 
 def load_mnist(root, train):
     """MNIST from its IDX files, gzipped or not, in root, root/MNIST or root/MNIST/raw; downloaded
-    into the last one if they are not there.
-
-    Returns (images uint8 (N, 1, 28, 28), labels uint8 (N,)). Raises as load_cifar10 does.
-    """
+    into the last one if they are not there. Returns (images uint8 (N, 1, 28, 28), labels uint8
+    (N,)). Raises as load_cifar10 does."""
     prefix = "train" if train else "t10k"
     images = read_idx(root, f"{prefix}-images-idx3-ubyte", (28, 28))
     labels = read_idx(root, f"{prefix}-labels-idx1-ubyte", ())
     if len(images) != len(labels) or labels.max() > 9:
         raise ValueError(f"{root}: {len(images):,} {prefix} images with {len(labels):,} labels up "
-                         f"to {labels.max()} are not MNIST (one label each, up to 9): move them "
-                         f"away to fetch it")
-    return torch.from_numpy(images[:, None]), torch.from_numpy(labels)
+                         f"to {labels.max()} are not MNIST: move them away to fetch it")
+    return images[:, None], labels
 
 
-def parse_idx(content, shape):
-    """The items of the given shape in the bytes of an IDX file: uint8 (N, *shape).
+def parse_idx(file, shape):
+    """The items of the given shape in an IDX file that is open: uint8 (N, *shape).
 
-    An IDX file starts with big-endian 32-bit numbers: 0x0800 (the values are uint8) plus the
-    number of dimensions, then the size of each dimension. The values follow, the last dimension
-    fastest. Raises ValueError if the header is not that of (N, *shape) with N > 0.
-    """
-    header = np.frombuffer(content, ">u4", count=2 + len(shape))
-    items = np.frombuffer(content, np.uint8, offset=header.nbytes).reshape(-1, *shape)
-    expected = [0x0800 + items.ndim, len(items), *shape]
-    if header.tolist() != expected or len(items) == 0:
-        raise ValueError(f"header {header.tolist()} for {len(items):,} items")
-    return items.copy()  # the bytes of a file are read-only
+    It starts with big-endian 32-bit numbers: 0x0800 (the values are uint8) plus the number of
+    dimensions, then the size of each one. The values follow, the last dimension fastest. Raises
+    ValueError if the header is not that of (N, *shape) with N > 0."""
+    size = 2 + len(shape)
+    header = np.frombuffer(file.read(4 * size), ">u4", size).tolist()
+    count = min(header[1], 1_000_000)  # EMNIST has 697,932
+    content = file.read((count + 1) * math.prod(shape))  # an item too many is enough
+    items = np.frombuffer(content, np.uint8).reshape(-1, *shape)
+    if header != [0x0800 + items.ndim, len(items) or 1, *shape]:
+        raise ValueError(f"header {header} for {len(items):,} items")
+    return torch.tensor(items)
 
 
 def to_signed(images):
@@ -98,14 +91,12 @@ def sparse_split(images, input_ratio=0.2, output_ratio=0.2, generator=None, orde
     numbers (B, H * W), such as fixed_order's; None draws them with `generator`.
     Returns a dict: full_image (B, C, H, W), input_coords (B, N_in, 2), input_values (B, N_in, C),
     input_indices (B, N_in), the same for the output. A coordinate is (x, y) = (column, row) /
-    (side - 1), an index row * W + column. Raises ValueError for ratios of no or too many pixels.
-    """
-    batch, channels, height, width = images.shape
+    (side - 1), an index row * W + column. Raises ValueError for ratios of no or too many pixels."""
+    batch, _, height, width = images.shape
     n_in, n_out = count_split(height * width, input_ratio, output_ratio)
-    # Sorting random numbers shuffles the pixels of every image at once, without a loop: the
-    # first n_in indices of a row are the input, the next n_out the output.
     if order is None:
         order = torch.rand(batch, height * width, generator=generator, device=images.device)
+    # Sorting random numbers shuffles the pixels of every image at once, without a loop.
     shuffled = order.argsort(dim=1, stable=True)  # (B, H * W)
     chosen = {"input": shuffled[:, :n_in], "output": shuffled[:, n_in:n_in + n_out]}
 
@@ -116,38 +107,25 @@ def sparse_split(images, input_ratio=0.2, output_ratio=0.2, generator=None, orde
         x = indices % width / max(width - 1, 1)
         y = indices // width / max(height - 1, 1)
         split[f"{name}_indices"] = indices
-        split[f"{name}_coords"] = torch.stack([x, y], dim=-1)
-        split[f"{name}_values"] = pixels.take_along_dim(indices[:, :, None], dim=1)
+        split[f"{name}_coords"] = torch.stack([x, y], -1)
+        split[f"{name}_values"] = pixels.take_along_dim(indices[:, :, None], 1)
     return split
-
-
-def fixed_order(seed, indices, num_pixels):
-    """Random numbers for sparse_split that depend on the seed and an image's index alone.
-
-    So image 7 has the same mask in every batch, run and process. indices: int64 (B,). Returns
-    uniform float32 (B, num_pixels).
-    """
-    rows = [np.random.default_rng((seed, index)).random(num_pixels) for index in indices.tolist()]
-    return torch.from_numpy(np.stack(rows)).to(indices.device, torch.float32)
-
-
-def to_picture(image):
-    """A Pillow image, RGB, of a tensor (C, H, W) in [0, 1], C = 1 or 3."""
-    levels = (image.clamp(0, 1) * 255).round().byte()
-    pixels = levels.expand(3, -1, -1).permute(1, 2, 0)  # Pillow has the channels last
-    return Image.fromarray(pixels.cpu().numpy())
 
 
 # ===================== below: downloads, built-in sets, folders, pictures, command line
 
 CIFAR10_URLS = ["https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"]
 CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
+PYTHON_VERSION = {"cifar-10-python.tar.gz", "cifar-10-python", "cifar-10-batches-py",
+                  "data_batch_1"}  # files and folders of another edition of CIFAR-10
 MNIST_URLS = ["https://ossci-datasets.s3.amazonaws.com/mnist/",
               "https://storage.googleapis.com/cvdf-datasets/mnist/"]
 MNIST_MD5 = {"train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
              "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
              "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
              "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c"}
+PLACES = ["cifar-10-batches-bin", "MNIST/raw", "MNIST", "raw", ".", "*/cifar-10-batches-bin",
+          "*/MNIST/raw"]  # below --data-dir
 
 
 def download(urls, path, md5):
@@ -158,21 +136,23 @@ def download(urls, path, md5):
         try:
             with urllib.request.urlopen(url, timeout=10) as response:
                 content = response.read()
-            found = hashlib.md5(content).hexdigest()
-            if found != md5:
-                raise ValueError(f"its MD5 should be {md5} and is {found}")
+            if hashlib.md5(content).hexdigest() != md5:
+                raise ValueError(f"its MD5 should be {md5}")
             return write_whole(path, content)
         except Exception as problem:  # whatever went wrong, the next address may work
             reasons.append(f"{url}: {problem}")
-    found = sorted(file.name for file in path.parent.glob("*"))[:8]
+    names = sorted(file.name for file in path.parent.glob("*"))
+    found = ", ".join(names[:8]) or "nothing"
+    if PYTHON_VERSION.intersection(names):
+        found += ", which is the Python version of CIFAR-10"
     raise ConnectionError(f"cannot fetch {path.name} ({'; '.join(reasons)}); put this file into "
-                          f"{path.parent}/ yourself (found there: {', '.join(found) or 'nothing'}) "
-                          f"or use --data leaves or --data glyphs")
+                          f"{path.parent}/ yourself (found there: {found}) or use --data leaves or "
+                          f"--data glyphs")
 
 
 def write_whole(path, content):
     """Write a file that has its name only when it is complete."""
-    temporary = path.with_name(path.name + ".part")
+    temporary = path.with_suffix(".part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         temporary.write_bytes(content)
@@ -181,24 +161,26 @@ def write_whole(path, content):
         temporary.unlink(missing_ok=True)
 
 
-def find(root, places, name):
-    """The first file of this name, zipped or not, in one of these folders below root, or None.
-
-    places, name: patterns for Path.glob. Some programs unpack a file into a folder of its name.
-    """
-    for place in places:
-        for pattern in (name, f"{name}.gz", f"{name}/{name}"):
-            for path in sorted(Path(root).glob(f"{place}/{pattern}")):
-                if path.is_file():
-                    return path
+def find(root, *names):
+    """The first file that has one of these names, patterns for glob, in a usual place, or None."""
+    for place in PLACES:
+        for name in names:
+            for path in sorted(Path(root).glob(f"{place}/{name}")):
+                return path
 
 
 def read_cifar10_records(root, name):
-    """The records of a file of CIFAR-10, which is fetched if it is not there: uint8 (N, 3073)."""
-    path = find(root, ["cifar-10-batches-bin", ".", "*/cifar-10-batches-bin"], name)
+    """The records of a file of CIFAR-10, uint8 (N, 3073), fetched if it is not there."""
+    path = find(root, name)
     if not path:
-        unpack_cifar10(Path(root))
-        path = Path(root) / "cifar-10-batches-bin" / name
+        archive = Path(root, "cifar-10-binary.tar.gz")
+        path = Path(root, "cifar-10-batches-bin", name)
+        if not archive.exists():
+            download(CIFAR10_URLS, archive, CIFAR10_MD5)
+        if hashlib.md5(archive.read_bytes()).hexdigest() != CIFAR10_MD5:
+            raise ValueError(f"{archive} is damaged or another archive: move it away to fetch it")
+        with tarfile.open(archive) as tar:
+            write_whole(path, tar.extractfile(f"cifar-10-batches-bin/{name}").read())
     content = np.fromfile(path, np.uint8, count=30_730_001)  # one byte too many is enough
     count, rest = divmod(len(content), 3073)
     if count == 0 or rest or content[::3073].max() > 9:
@@ -209,47 +191,34 @@ def read_cifar10_records(root, name):
     return torch.from_numpy(content.reshape(count, 3073))
 
 
-def unpack_cifar10(root):
-    """Unpack root/cifar-10-binary.tar.gz, downloaded if it is not there. Files there are kept."""
-    archive = root / "cifar-10-binary.tar.gz"
-    if not archive.exists():
-        download(CIFAR10_URLS, archive, CIFAR10_MD5)
-    elif hashlib.md5(archive.read_bytes()).hexdigest() != CIFAR10_MD5:
-        raise ValueError(f"{archive} is incomplete or another archive: move it away to fetch it")
-    with tarfile.open(archive) as tar:
-        for member in tar:
-            path = root / "cifar-10-batches-bin" / Path(member.name).name
-            if path.suffix == ".bin" and not path.exists():
-                write_whole(path, tar.extractfile(member).read())
-
-
 def read_idx(root, name, shape):
     """parse_idx of a file of MNIST, which is downloaded if it is not there."""
-    places = ["MNIST/raw", "MNIST", "raw", ".", "*/MNIST/raw"]
-    path = find(root, places, name.replace("-idx", "[-.]idx"))
+    stem = name.replace("-idx", "[-.]idx")
+    path = find(root, f"{stem}/{stem}", stem, f"{stem}.gz")  # some programs unpack x.gz to x/x
     if not path:
-        path = Path(root) / "MNIST" / "raw" / f"{name}.gz"
+        path = Path(root, "MNIST/raw", f"{name}.gz")
         download([url + path.name for url in MNIST_URLS], path, MNIST_MD5[path.name])
     try:
         with open(path, "rb") as file:
-            zipped = file.read(2) == b"\x1f\x8b"  # whatever its name says
-        with (gzip.open if zipped else open)(path, "rb") as file:
-            start = file.read(8)
-            count = min(int.from_bytes(start[4:], "big"), 1_000_000)  # EMNIST has 697,932
-            rest = 4 * len(shape) + count * math.prod(shape)
-            return parse_idx(start + file.read(rest + 1), shape)  # one byte too many is enough
+            zipped = file.peek()[:2] == b"\x1f\x8b"  # whatever its name says
+            return parse_idx(gzip.open(file) if zipped else file, shape)
     except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as problem:
         raise ValueError(f"{path}: expected the IDX format, items of shape {shape}, found "
                          f"{problem}; if it is damaged, delete it to fetch it again") from None
 
 
-def off_grid_split(images, input_ratio=0.2, output_ratio=0.2, generator=None, order=None):
-    """Like sparse_split, but the input lies at random places, not on the pixel grid.
+def fixed_order(seed, indices, num_pixels):
+    """Random numbers for sparse_split, float32 (B, num_pixels), functions of the seed and indices,
+    int64 (B,), alone: image 7 has the same mask in every batch, run and process."""
+    rows = [np.random.default_rng((seed, index)).random(num_pixels) for index in indices.tolist()]
+    return torch.from_numpy(np.stack(rows)).to(indices.device, torch.float32)
 
-    Its values are read bilinearly from the image at coordinates uniform in [0, 1]^2; input_indices
-    are the nearest pixels. The output are pixels of the grid, for output_ratio None all of them.
-    order: uniform (B, H * W + 2 N_in): first random numbers for the pixels, then the coordinates.
-    """
+
+def off_grid_split(images, input_ratio=0.2, output_ratio=0.2, generator=None, order=None):
+    """Like sparse_split, but the input lies at random places, not on the pixel grid: its values are
+    read bilinearly, input_indices are the nearest pixels. Output are pixels of the grid, for
+    output_ratio None all of them. order: uniform in [0, 1], (B, H * W + 2 N_in): random numbers for
+    the pixels, then the coordinates."""
     batch, _, height, width = images.shape
     pixels = height * width
     n_in, n_out = count_split(pixels, input_ratio, output_ratio)
@@ -274,7 +243,7 @@ def count_split(num_pixels, input_ratio, output_ratio):
     n_out = num_pixels - n_in
     if output_ratio is not None:
         n_out = int(num_pixels * output_ratio) if 0 < output_ratio < 1 else 0
-    if n_in < 1 or n_out < 1 or n_in + n_out > num_pixels:
+    if 0 in (n_in, n_out) or n_in + n_out > num_pixels:
         raise ValueError(f"ratios {input_ratio} and {output_ratio} must each take a pixel "
                          f"and together at most {num_pixels}")
     return n_in, n_out
@@ -282,46 +251,41 @@ def count_split(num_pixels, input_ratio, output_ratio):
 
 def make_leaves(count, seed):
     """Dead leaves: random discs painted over each other, radii with density r^-3, 3 to 40 pixels.
-
-    Returns (images uint8 (count, 3, 32, 32), labels uint8, all 0).
-    """
+    Returns (images uint8 (count, 3, 32, 32), labels uint8, all 0)."""
     rng = np.random.default_rng(seed)
     discs = 35_592  # 5 times the area of the canvas
-    tiles = []
+    images = []
     for _ in range(0, count, 1024):  # a canvas of 1024 x 1024 pixels is cut into 1024 images
         u = rng.random((discs, 1))  # radius: the inverse of its distribution function at u
         radius = (3**-2 - u * (3**-2 - 40**-2)) ** -0.5
-        centre = rng.random((discs, 2)) * (1024 + 2 * 40) - 40
-        colour = rng.normal(122, 55, (discs, 1)) + rng.normal(0, 22, (discs, 3))
+        centre = rng.uniform(-40, 1024 + 40, (discs, 2))
+        colour = rng.normal(rng.normal(122, 55, (discs, 1)), 22, (discs, 3))
         colour = colour.clip(0, 255).astype(int)
         boxes = 2 * np.hstack([centre - radius, centre + radius])
-        canvas = Image.new("RGB", (2048, 2048), (122, 122, 122))  # twice the size: smooth edges
+        canvas = Image.new("RGB", (2048, 2048), "#7a7a7a")  # twice the size: smooth edges
         draw = ImageDraw.Draw(canvas)
         for box, fill in zip(boxes.tolist(), colour.tolist()):
             draw.ellipse(box, fill=tuple(fill))
-        pixels = to_tensor(canvas.reduce(2))  # (3, 1024, 1024)
-        tiles.append(pixels.unfold(1, 32, 32).unfold(2, 32, 32))  # (3, 32, 32, 32, 32)
-    images = torch.cat(tiles, dim=1).flatten(1, 2)[:, :count]
-    return images.transpose(0, 1).contiguous(), torch.zeros(count, dtype=torch.uint8)
+        tiles = to_tensor(canvas.reduce(2)).unfold(1, 32, 32).unfold(2, 32, 32)
+        images.append(tiles.flatten(1, 2).transpose(0, 1))  # of (3, 32, 32, 32, 32)
+    return torch.cat(images)[:count], torch.zeros(count, dtype=torch.uint8)
 
 
 def make_glyphs(count, seed):
     """Digits of Pillow's font of random size, stroke, place and rotation.
-
-    Returns (images uint8 (count, 1, 28, 28), labels uint8 (count,) from 0 to 9).
-    """
+    Returns (images uint8 (count, 1, 28, 28), labels uint8 (count,) from 0 to 9)."""
     rng = np.random.default_rng(seed)
     fonts = [ImageFont.load_default(size) for size in range(20, 31)]
-    images = np.empty((count, 1, 28, 28), np.uint8)
     labels = rng.integers(0, 10, count, np.uint8)
-    for image, label in zip(images, labels):
+    images = []
+    for label in labels:
         digit = Image.new("L", (28, 28))
         centre = 14 + rng.uniform(-2.5, 2.5, 2)
         font = fonts[rng.integers(11)]
         ImageDraw.Draw(digit).text(centre, str(label), 255, font, anchor="mm",
                                    stroke_width=rng.integers(3) / 2)
-        image[0] = digit.rotate(rng.uniform(-20, 20), Image.Resampling.BICUBIC)
-    return torch.from_numpy(images), torch.from_numpy(labels)
+        images.append(to_tensor(digit.rotate(rng.uniform(-20, 20), Image.BICUBIC)))
+    return torch.stack(images), torch.from_numpy(labels)
 
 
 BUILT_IN = {"leaves": (make_leaves, 20_480, 1_024), "glyphs": (make_glyphs, 20_000, 2_000)}
@@ -330,7 +294,6 @@ MODES = {1: "L", 3: "RGB"}  # Pillow's names for the numbers of channels
 
 def load_dataset(name, root, train, real="cifar10"):
     """Images and labels of "cifar10", "mnist", "leaves", "glyphs", "auto" or a folder of pictures.
-
     real: "cifar10" or "mnist": what "auto" tries before a built-in set, and whose image size the
     pictures of a folder get. Returns (name of what was loaded, images uint8 (N, C, H, W), labels
     (N,), whole numbers from 0 on). Raises ValueError for another name, and what the loaders raise.
@@ -357,69 +320,69 @@ def load_dataset(name, root, train, real="cifar10"):
 
 def load_folder(folder, train, channels, side):
     """Every picture below a folder. The 10% with the lowest hashes of their names are the test set.
-
     Returns (images uint8 (N, channels, side, side), labels int64 (N,), the numbers of the
-    subfolders in alphabetical order, without any all 0). Raises ValueError below 20.
-    """
-    def hash_of_name(path):
-        name = path.relative_to(folder).as_posix()
-        return zlib.crc32(name.encode(errors="surrogateescape"))
+    subfolders in alphabetical order, without any all 0). Raises ValueError below 20."""
+    def place(name):
+        return zlib.crc32(os.fsencode(name)), name
 
     pictures, subfolders = [], []
-    paths = files_below(folder)
-    for path in sorted(sorted(paths), key=hash_of_name):
-        with contextlib.suppress(ValueError):
-            picture = open_picture(path, 2 * side)
+    names = sorted(files_below(folder), key=place)
+    for name in names:
+        with suppress(ValueError):
+            picture = open_picture(Path(folder, name), 2 * side)
             pictures.append(square_picture(picture, channels, side))
-            subfolders.append(path.relative_to(folder).parent.parts[:1])
+            subfolders.append(os.path.dirname(name).split("/")[0])
     count = len(pictures)
-    if count < len(paths):
-        print(f"notice: {folder}: {len(paths) - count:,} of {len(paths):,} files are not pictures")
+    if count < len(names) and not train:  # once: every program loads the test images
+        print(f"notice: {folder}: {len(names) - count:,} of {len(names):,} files are not pictures")
     if count < 20:
         raise ValueError(f"{folder} holds {count} pictures that can be read; 20 are needed")
-    test_count = count // 10
-    part = slice(test_count, None) if train else slice(test_count)
-    numbers = sorted(set(subfolders))
-    labels = torch.tensor([numbers.index(name) for name in subfolders])
-    return torch.stack(pictures[part]), labels[part]
+    part = slice(count // 10, None) if train else slice(count // 10)
+    _, labels = np.unique(subfolders, return_inverse=True)
+    return torch.stack(pictures[part]), torch.from_numpy(labels[part])
 
 
 def files_below(folder):
-    """The paths of all files below a folder; links are followed, to each folder once."""
-    paths, seen = [], set()
-    for place, subfolders, names in os.walk(folder, followlinks=True):
+    """The files below a folder, relative to it. Links are followed, to each folder once."""
+    names, seen = [], set()
+    for place, subfolders, files in os.walk(folder, followlinks=True):
+        subfolders.sort()
         real = os.path.realpath(place)
         if real in seen:  # links may lead in circles
             subfolders.clear()
             continue
         seen.add(real)
-        subfolders.sort()
-        paths += [Path(place, name) for name in names]
-    return [path for path in paths if path.is_file()]
+        paths = [Path(place, file) for file in files]
+        names += [path.relative_to(folder).as_posix() for path in paths if path.is_file()]
+    return names
 
 
 def open_picture(path, least_side=None):
     """A Pillow image, RGBA and upright; its info holds what a result should keep of the file.
-
     least_side: JPEG files are reduced while they are read, but not below it; no notices. Raises
-    ValueError for a file that is no picture, damaged or huge, and if it is unknown what white is.
-    """
+    ValueError for a file that is damaged, huge or no picture, or if it is unknown what is white."""
+    limit = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None
     try:
         with Image.open(path) as file:
             if math.prod(file.size) > 300_000_000:
                 raise ValueError("it has more than 300 megapixels: reduce it first")
             # 16 bits: Pillow says so in the mode or in its name for the file's layout, not for PPM
-            deep = ";16" in f"{file.mode} {file.tile}" or (file.format, file.mode) == ("PPM", "I")
+            layout = f"{file.format} {file.mode} {file.tile}"
+            deep = ";16" in layout or layout.startswith("PPM I ")
             frames = getattr(file, "n_frames", 1)
             if least_side:
                 file.draft(None, (least_side, least_side))
             ImageOps.exif_transpose(file, in_place=True)
             picture = to_rgba(file, deep)
+            tables = getattr(file, "quantization", {})  # of JPEG
+            picture.jpeg_step = max(tables.values(), default=[0])[0]
     except Exception as problem:  # Pillow's readers of damaged files raise all kinds of things
-        reason = str(problem) or type(problem).__name__
-        raise ValueError(f"cannot use {path} as a picture: {reason}") from None
+        raise ValueError(f"cannot use {path} as a picture: {problem}") from None
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
     if deep and not least_side:
-        _, brightest = picture.convert("L").getextrema()
+        brightest = picture.convert("L").getextrema()[1]
         print(f"notice: {path}: 16 bits become 8, of which the brightest is {brightest} of 255")
     if frames > 1 and file.format != "MPO" and not least_side:  # MPO: previews of one photograph
         print(f"notice: {path} has {frames} frames or pages: the first one is taken")
@@ -428,40 +391,47 @@ def open_picture(path, least_side=None):
 
 def to_rgba(file, deep):
     """A Pillow image of mode RGBA; its info has the keywords icc_profile and dpi for save."""
+    is_grey = Image.getmodebase(file.mode) == "L"
     declared = file.info.get("transparency")
-    if deep and isinstance(declared, tuple):  # 16 bits a channel: Pillow keeps the upper 8
-        file.info["transparency"] = tuple(level // 256 for level in declared)
     picture = file
-    if deep and Image.getmodebase(file.mode) == "L":  # Pillow would clip them at 255
+    if deep and is_grey:  # Pillow would clip them at 255
         bits = getattr(file, "tag_v2", {}).get(258, [16])[0]  # TIFF's BitsPerSample, 12 or 16
         levels = np.asarray(file)
         # rounded up: what is not black stays so, the ones of a mask too
-        grey = np.ceil(levels * (255 / (2**bits - 1))).astype(np.uint8)
-        alpha = np.uint8(255) * (levels != declared)
-        picture = Image.fromarray(np.dstack([grey, alpha]), "LA")
+        grey = np.ceil(levels * (255 / (2**bits - 1)))
+        alpha = 255 * (levels != declared)
+        picture = Image.fromarray(np.dstack([grey, alpha]).astype(np.uint8))
+    elif deep and declared:  # of 16 bits a channel Pillow keeps the upper 8
+        file.info["transparency"] = tuple(level // 256 for level in declared)
     elif file.mode in ("I", "F"):
         raise ValueError("it does not say which number is white: save it with 8 or 16 bits")
     picture = picture.convert("RGBA")
     picture.info = {}
-    space = b"GRAY" if Image.getmodebase(file.mode) == "L" else b"RGB "
     profile = file.info.get("icc_profile") or b""
-    if profile[16:20] == space:  # not that of CMYK, which is RGB now
+    if profile[16:20] == (b"GRAY" if is_grey else b"RGB "):  # not of CMYK, which is RGB now
         picture.info["icc_profile"] = profile
-    dpi = [float(number) for number in file.info.get("dpi", [0])]
-    if 1 < min(dpi) and max(dpi) < 1e5:  # 1 is what TIFF files without a resolution have
-        picture.info["dpi"] = tuple(dpi)
+    dpi = tuple(map(float, file.info.get("dpi", [0])))
+    if 1 < min(dpi) <= max(dpi) < 1e5:  # 1 is what TIFF files without a resolution have
+        picture.info["dpi"] = dpi
     return picture
 
 
 def square_picture(picture, channels, side):
     """The middle square of an RGBA image, over white, resized: uint8 (channels, side, side)."""
-    small = ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS)
+    small = ImageOps.fit(picture, (side, side), Image.LANCZOS)
     white = Image.new("RGBA", small.size, "white")
     return to_tensor(Image.alpha_composite(white, small).convert(MODES[channels]))
 
 
+def to_picture(image):
+    """A Pillow image, RGB, of a tensor (C, H, W) in [0, 1], C = 1 or 3."""
+    levels = (image.clamp(0, 1) * 255).round().byte()
+    pixels = levels.expand(3, -1, -1).permute(1, 2, 0)  # Pillow has the channels last
+    return Image.fromarray(pixels.cpu().numpy())
+
+
 def to_tensor(picture):
-    """uint8 (C, H, W) of a Pillow image of mode RGB or L."""
+    """uint8 (C, H, W) of a Pillow image of mode L, RGB or RGBA."""
     pixels = np.atleast_3d(np.array(picture))  # (H, W, C)
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
@@ -470,19 +440,14 @@ def load_picture(path, channels, mask=None, input_ratio=0.2, seed=0):
     """A picture with missing pixels: (image uint8 (C, H, W), input_mask bool (H, W), has_truth,
     info), where info holds keywords for Pillow's save: icc_profile and dpi of the file.
 
-    Missing pixels: transparent ones (alpha below 128), and those that the picture `mask` marks;
-    of a complete picture (has_truth) all but input_ratio, drawn with `seed`. Raises ValueError
-    for files that cannot be used and for a mask that marks nothing.
-    """
+    Missing are transparent pixels (alpha below 128) and those that the picture `mask` marks, of a
+    complete picture (has_truth) all but input_ratio, drawn with `seed`. Raises ValueError for
+    files that cannot be used."""
     picture = open_picture(path)
     if mask:
-        marked = read_mask(mask)
-        if marked.size != picture.size:
-            raise ValueError(f"{mask} has the size {marked.size} and {path} {picture.size}: they "
-                             f"must have the same size")
-        picture.paste((0, 0, 0, 0), mask=marked)
-    input_mask = to_tensor(picture.getchannel("A"))[0] >= 128
-    has_truth = bool(input_mask.all())  # a mask marks a pixel at least
+        picture.paste((0, 0, 0, 0), mask=read_mask(mask, picture.size))
+    input_mask = to_tensor(picture)[3] >= 128
+    has_truth = bool(input_mask.all())
     if has_truth:
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(input_mask.numel(), generator=generator)
@@ -490,36 +455,41 @@ def load_picture(path, channels, mask=None, input_ratio=0.2, seed=0):
     return to_tensor(picture.convert(MODES[channels])), input_mask, has_truth, picture.info
 
 
-def read_mask(path):
+def read_mask(path, size):
     """What a mask marks, 255 in a Pillow image of mode L: levels of 16 or more, so that soft edges
     count; of two levels the higher one. Transparent pixels have the level 0, but in a photograph
-    with holes they are what is marked. Raises ValueError if nothing is."""
-    grey, alpha = open_picture(path).convert("LA").split()
+    with holes they are what is marked. Raises ValueError if nothing is, and for another size."""
+    picture = open_picture(path)
+    if picture.size != size:
+        raise ValueError(f"{path} must have the same size as the picture: it has {picture.size}, "
+                         f"not {size}")
+    grey, alpha = picture.convert("LA").split()
     levels = ImageChops.multiply(grey, alpha)
     shades = sorted(grey.histogram(alpha))
     if alpha.getextrema()[0] < 128 and sum(shades[-2:]) < sum(shades) / 2:
         print(f"notice: {path} is a photograph: its transparent pixels are taken as missing")
         levels = ImageChops.invert(alpha)
-    present = [level for level, count in enumerate(levels.histogram()) if count]
-    threshold = present[1] if len(present) == 2 else 16
-    if present[-1] < threshold:
-        raise ValueError(f"no pixel is missing: {path} has levels up to {present[-1]} of 255, and "
+    highest = levels.getextrema()[1]
+    # beside an edge, the noise of a JPEG file reaches six of its quantization steps
+    threshold = max(16, highest * picture.jpeg_step // 36)
+    if len(levels.getcolors()) == 2:
+        threshold = highest
+    if highest < threshold:
+        raise ValueError(f"no pixel is missing: {path} has levels up to {highest} of 255, and "
                          f"{threshold} or more is missing")
     return levels.point(lambda level: 255 * (level >= threshold))
 
 
 def save_pictures(folder, pictures, **options):
-    """Save {file name: Pillow image} below a folder, all or none, and say where.
-
-    options: for Pillow's save. A colour profile decides whether a picture is saved in grey.
-    """
+    """Save {file name: Pillow image} below a folder, all or none, and say where. options: for
+    Pillow's save; a colour profile decides whether a picture is saved in grey."""
     folder.mkdir(parents=True, exist_ok=True)
     space = options.get("icc_profile", b"")[16:20]
+    mode = {b"GRAY": "L", b"RGB ": "RGB"}.get(space)  # None: as it is
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         for name, picture in pictures.items():
             if (folder / name).is_dir():
                 raise ValueError(f"{folder / name} is a folder: rename it")
-            mode = {b"GRAY": "L", b"RGB ": "RGB"}.get(space, picture.mode)
             picture.convert(mode).save(Path(temporary, name), **options)
         for name in pictures:
             Path(temporary, name).replace(folder / name)
@@ -529,11 +499,9 @@ def save_pictures(folder, pictures, **options):
 
 def image_grid(rows, column_labels=(), row_labels=(), captions=None, zoom=4):
     """A Pillow image of rows, lists of images (C, H, W) of one size, C = 1 or 3, in [0, 1].
-
-    captions: a list of strings for each row, written below the images. zoom: size of a pixel.
-    """
+    captions: a list of strings for each row, written below the images. zoom: size of a pixel."""
     height, width = (zoom * size for size in rows[0][0].shape[1:])
-    font = ImageFont.load_default(size=13)
+    font = ImageFont.load_default(13)
     left = 12 + int(max(map(font.getlength, row_labels), default=0))
     top = 24 if column_labels else 6
     step_x = width + 6
@@ -545,7 +513,7 @@ def image_grid(rows, column_labels=(), row_labels=(), captions=None, zoom=4):
         for j, image in enumerate(row):
             x = left + j * step_x
             y = top + i * step_y
-            tile = to_picture(image).resize((width, height), Image.Resampling.NEAREST)
+            tile = to_picture(image).resize((width, height), Image.NEAREST)
             grid.paste(tile, (x, y))
             if captions:
                 draw.text((x + width / 2, y + height + 2), captions[i][j], "#444", font, "ma")
@@ -563,66 +531,63 @@ def heat(error, limit=0.5):
 
 
 def line_chart(title, curves):
-    """A 460 x 320 Pillow image. curves: {label: (xs, ys)}, finite numbers."""
+    """A 460 x 320 Pillow image. curves: {label: (xs, ys)}, finite numbers, four curves at most."""
     image = Image.new("RGB", (460, 320), "white")
     draw = ImageDraw.Draw(image)
-    draw.font = ImageFont.load_default(size=12)
+    draw.font = ImageFont.load_default(12)
     draw.text((62, 8), title, "black")
-    x_numbers, x_labels = axis([xs for xs, _ in curves.values()])
-    y_numbers, y_labels = axis([ys for _, ys in curves.values()])
-    columns = np.linspace(62, 436, 5).tolist()
-    rows = np.linspace(290, 30, 5).tolist()  # counted from the top
-    for column, row, x_label, y_label in zip(columns, rows, x_labels, y_labels):
-        draw.line([(62, row), (436, row)], fill="#e4e4e4")
-        draw.text((column, 296), x_label, "#444", anchor="ma")
-        draw.text((56, row), y_label, "#444", anchor="rm")
-    for i, (label, (xs, ys)) in enumerate(curves.items()):
-        colour = ("#1f6fb4", "#d1481f", "#2b9348", "#8a4fbf")[i % 4]
-        x = np.interp(xs, x_numbers, columns).tolist()
-        y = np.interp(ys, y_numbers, rows).tolist()
-        draw.line(list(zip(x, y)), fill=colour, width=2, joint="curve")
-        draw.circle((x[-1], y[-1]), 3, colour)
+    all_xs, all_ys = zip(*curves.values())
+    all_xs, x_labels = axis(all_xs, 62, 436)
+    all_ys, y_labels = axis(all_ys, 290, 30)  # rows are counted from the top
+    for x, label in x_labels.items():
+        draw.text((x, 296), label, "#444", anchor="ma")
+    for y, label in y_labels.items():
+        draw.line([62, y, 436, y], "#e4e4e4")
+        draw.text((56, y), label, "#444", anchor="rm")
+    for i, (label, xs, ys) in enumerate(zip(curves, all_xs, all_ys)):
+        colour = ("#1f6fb4", "#d1481f", "#2b9348", "#8a4fbf")[i]
+        points = list(zip(xs, ys))
+        draw.line(points, colour, width=2, joint="curve")
+        draw.circle(points[-1], 3, colour)
         draw.text((436 - 110 * i, 8), label, colour, anchor="ra")
     return image
 
 
-def axis(values):
-    """Five evenly spaced numbers from the lowest to the highest of lists of values; their labels.
-
-    There are as many decimals as a hundredth of the axis needs, so that no two labels are alike.
-    """
-    values = np.concatenate(values)
-    span = values.max() - values.min() or 1.0
-    numbers = np.linspace(values.min(), values.min() + span, 5)
+def axis(lists, start, end):
+    """An axis from the pixel `start` to `end` for lists of values: where these lie, lists again,
+    and {place: label} of five evenly spaced numbers, with the decimals of a hundredth of it."""
+    values = np.concatenate(lists)
+    low, span = values.min(), np.ptp(values) or 1.0
+    numbers = np.linspace(low, low + span, 5)
+    places = np.linspace(start, end, 5)
     decimals = max(0, 2 - math.floor(math.log10(span)))
-    return numbers, [f"{number:z.{decimals}f}" for number in numbers.tolist()]  # z: 0, not -0
+    labels = [f"{number:z.{decimals}f}" for number in numbers]  # z: 0, not -0
+    return [np.interp(xs, numbers, places) for xs in lists], dict(zip(places, labels))
 
 
 class Output:
     """Standard output that may be missing, closed, or of any encoding: printing never fails."""
 
     def __init__(self, stream):
-        missing = stream is None or stream.closed
-        self.stream = open(os.devnull, "w") if missing else stream
-        if hasattr(self.stream, "reconfigure"):
-            self.stream.reconfigure(errors="replace")  # a question mark for what it cannot show
+        if stream is None or stream.closed:
+            stream = open(os.devnull, "w")
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a question mark for what it cannot show
+        self.stream, self.isatty = stream, stream.isatty
 
     def write(self, text):
-        with contextlib.suppress(OSError, ValueError):
+        with suppress(OSError, ValueError):
             self.stream.write(text)
-
-    def flush(self):
-        with contextlib.suppress(OSError, ValueError):
             self.stream.flush()
 
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
+    def flush(self):
+        """write has done it"""
 
 
 def run(main):
     """Call main(). An expected error ends in one line and exit code 1, Ctrl-C in 130."""
     if sys.version_info < (3, 11):
-        sys.exit("error: Python 3.11 or later is needed, and this is " + sys.version.split()[0])
+        sys.exit(f"error: Python 3.11 or later is needed, and this is {sys.version.split()[0]}")
     sys.stdout = Output(sys.stdout)
     try:
         main()
@@ -640,11 +605,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--data", default="auto", help="cifar10, mnist, leaves, glyphs or a folder")
-    add("--data-dir", type=Path, default=Path("data"), help="where data sets lie")
-    add("--out", type=Path, default=Path("out"), help="folder for the picture")
+    add("--data-dir", type=Path, default="data", help="where data sets lie")
+    add("--out", type=Path, default="out", help="folder for the picture")
     add("--seed", type=int, default=0, help="seed of the masks")
     args = parser.parse_args()
     name, images, _ = load_dataset(args.data, args.data_dir, train=False)
+    print(f"{name}: {len(images):,} test images {tuple(images.shape[1:])}")
     torch.manual_seed(args.seed % 2**32)
     split = sparse_split(images[:8])
     full_image = split["full_image"]
@@ -654,7 +620,6 @@ def main():
         sparse = full_image * mask.view_as(full_image[:, :1])  # grey, 0, elsewhere
         rows.append(list(to_unit(sparse)))
     grid = image_grid(rows, row_labels=["image", "input", "output"])
-    print(f"{name}: {len(images):,} test images {tuple(images.shape[1:])}")
     save_pictures(args.out, {"data.png": grid})
 
 

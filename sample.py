@@ -628,7 +628,7 @@ def parse_arguments(argv):
     add("--gif", action="store_true", help="animate the denoising")
     add("--image", type=Path, help="restore this picture; missing: --mask, transparent, or random")
     add("--mask", type=Path,
-        help="of --image, as large; missing: levels of 16 or more of 255, of two the higher one")
+        help="as large as --image; missing: from 16 of 255 (JPEG: above noise), of two the higher")
     add("--size", type=between(1, 64), help="reduce --image to the size of the training images, 32")
     add("--evaluate", type=between(1, 10**6), nargs="?", const=1000,
         help="measure on so many test images (1,000 if no number is given; default 6, of an "

@@ -1065,7 +1065,7 @@ def test_a_folder_of_pictures_is_split_by_their_names():
                                     ("b", False, in_test)):
             Path("a").rename(place)
             (name, images, labels), said = quiet(data.load_dataset, place, "", train)
-            assert said.count("\n") == 1 and "2 of 202" in said
+            assert said.count("\n") == said.count("2 of 202") == (not train)
             assert name == place and images.shape == (len(labels), 3, 32, 32)
             red, green, blue = images[:, :, 0, 0].int().T
             assert sorted(red.tolist()) == right
@@ -1338,70 +1338,82 @@ def test_of_a_complete_picture_a_share_of_the_pixels_is_given_at_random():
     photo, _ = photograph()
     with folder():
         save_png("photo.png", photo)
-        image, given, has_truth, _ = data.load_picture("photo.png", 3)
-        assert has_truth and given.sum() == 0.2 * 60 * 90 and given.dtype == torch.bool
-        assert image.dtype == torch.uint8 and np.array_equal(image, photo.transpose(2, 0, 1))
-        assert given[:30].sum() > 300 and given[:, :45].sum() > 300
-        load = lambda **options: data.load_picture("photo.png", 3, **options)[1]
-        assert torch.equal(load(seed=0), given) and not torch.equal(load(seed=1), given)
-        assert load(input_ratio=0.75).sum() == 0.75 * 60 * 90
-        grey = data.load_picture("photo.png", 1)[0]
-        close(grey[0], photo @ [0.299, 0.587, 0.114], 1)
+        load = functools.partial(data.load_picture, "photo.png")
+        image, given, has_truth, _ = load(3)
+        grey, more, *_ = load(1, input_ratio=0.75)
+        assert torch.equal(load(3)[1], given) and not torch.equal(load(3, seed=1)[1], given)
+    assert has_truth and given.sum() == 0.2 * 5400 and more.sum() == 0.75 * 5400
+    assert given[:30].sum() > 300 and given[:, :45].sum() > 300
+    assert np.array_equal(image, photo.transpose(2, 0, 1))
+    close(grey[0], photo @ [0.299, 0.587, 0.114], 1)
 
 
 def test_transparent_pixels_are_missing_and_so_are_marked_ones_of_a_mask():
     photo, hole = photograph()
-    wide = bytes_((2, 3000))
-    left, bar = np.arange(90) < 40, np.zeros((60, 90))
-    bar[:, 70:75] = 255
+    bar = 255 * (np.arange(90) > 70) + 0 * hole
     with folder():
-        save_png("holes.png", photo, np.where(hole, 127, 128))
         save_png("photo.png", photo)
-        save_png("mask.png", hole)
-        save_png("half.png", photo, 255 - hole * left)
+        save_png("holes.png", photo, np.where(hole, 127, 128))
         save_png("bar.png", bar)
-        for name, mask, missing in (("holes.png", None, hole > 0),
-                                    ("photo.png", "mask.png", hole > 0),
-                                    ("half.png", "mask.png", hole > 0),
-                                    ("holes.png", "bar.png", (hole > 0) | (bar > 0))):
+        for name, mask, missing in (("holes.png", None, hole), ("photo.png", "bar.png", bar),
+                                    ("holes.png", "bar.png", hole + bar)):
             image, given, has_truth, _ = data.load_picture(name, 3, mask)
-            assert not has_truth and np.array_equal(given, ~missing), name
-            assert np.array_equal(image[:, given], photo[~missing].T)
-        save_png("wide.png", wide, wide, wide, wide)
-        image, given, *_ = data.load_picture("wide.png", 1)  # of any size
-        assert np.array_equal(image[0], wide) and np.array_equal(given, wide >= 128)
+            assert not has_truth and np.array_equal(given, missing == 0), name
+            assert np.array_equal(image[:, given], photo[missing == 0].T)
 
 
-def marked(*planes, kind=np.uint8):
-    """Which pixels count as missing by a mask of these planes, bool (H, W)."""
-    pixels = planes[0] if len(planes) == 1 else np.dstack(planes)
-    Image.fromarray(np.asarray(pixels, kind)).save("mask.png")
-    return np.asarray(data.read_mask("mask.png")) == 255
+def marked(image, name="mask.png", **options):
+    """Which pixels a mask marks, bool (H, W). image: an array (H, W), or a Pillow image."""
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    image.save(name, **options)
+    return np.asarray(data.read_mask(name, image.size)) == 255
 
 
 def test_a_mask_marks_what_it_touches():
-    photo, hole = photograph()
+    _, hole = photograph()
+    levels = np.arange(256, dtype=np.uint8)[None]
     with folder():
-        levels = np.arange(256).reshape(1, 256)
-        assert np.array_equal(marked(levels), levels >= 16)  # the rim of a stroke, no JPEG noise
+        assert np.array_equal(marked(levels), levels >= 16)  # the rim of a stroke
         for low, high in ((0, 1), (0, 255), (3, 4), (200, 201)):
-            assert np.array_equal(marked(np.where(hole, high, low)), hole > 0)
-        assert np.array_equal(marked(hole > 0, kind=np.uint16), hole > 0)
-        assert marked(np.full((2, 2), 255)).all()
-        Image.fromarray(hole[::-1]).save("mask.png", exif=b"Exif\0\0MM\0*\0\0\0\b\0\1\1\x12\0\3"
-                                         b"\0\0\0\1\0\4\0\0\0\0\0\0")  # as in a mirror
-        assert np.array_equal(np.asarray(data.read_mask("mask.png")), hole)
+            assert np.array_equal(marked(np.where(hole, high, low).astype(np.uint8)), hole > 0)
+        assert np.array_equal(marked(np.uint16(hole > 0)), hole > 0)
+        assert marked(np.full((2, 2), 255, np.uint8)).all()
 
 
 def test_transparent_pixels_of_a_mask_are_not_marked():
-    photo, hole = photograph()
-    white, left = 255 + 0 * hole, 255 * (np.arange(90) < 40) + 0 * hole
+    photo, (_, hole) = bytes_((60, 90, 3)), photograph()
+    black, left = 0 * hole, np.where(np.arange(90) < 40, hole, 0)
     with folder():
-        assert np.array_equal(marked(white, hole), hole > 0)
-        assert np.array_equal(marked(0 * hole + 76, 0 * hole, 0 * hole, hole), hole > 0)  # red
-        assert np.array_equal(marked(hole, left), (hole > 0) & (left > 0))
-        holes, said = quiet(marked, bytes_((60, 90, 3)), 255 - hole)
-        assert np.array_equal(holes, hole > 0) and "mask.png is a photograph" in said
+        for planes, missing in (((~black, hole), hole),
+                                ((black + 76, black, black, hole), hole),  # red
+                                ((hole, left), left),
+                                ((photo, ~hole), hole)):
+            found, said = quiet(marked, np.dstack(planes))
+            assert np.array_equal(found, missing > 0)
+            assert ("mask.png is a photograph" in said) == (planes[0] is photo)
+
+
+def text_and_lines(colour, fontmode):
+    image = Image.new("RGB", (200, 90))
+    draw = ImageDraw.Draw(image)
+    draw.fontmode = fontmode
+    draw.text((5, 5), "a mask\nof text", colour, ImageFont.load_default(30))
+    for i in range(5):
+        draw.line((110, 10 * i, 190, 10 + 16 * i), colour, width=i + 1)
+    return image
+
+
+def test_of_a_jpeg_mask_the_noise_is_not_marked_and_soft_edges_are():
+    hard, soft, red = (text_and_lines(*options) for options in (("white", "1"), ("white", "L"), ("red", "1")))
+    with folder():
+        for quality in (60, 65, 75, 80, 85, 90, 95):
+            found = marked(hard, "mask.jpg", quality=quality)
+            assert np.array_equal(found, marked(hard)), quality
+            found = marked(soft, "mask.jpg", quality=quality)
+            level = pixels_of(soft)[..., 0]
+            assert not found[level == 0].any() and found[level > 550 - 5.5 * quality].all()
+        assert marked(red, "mask.jpg", quality=75)[marked(hard)].mean() > 0.99
 
 
 def test_masks_that_cannot_be_used_are_refused():
@@ -1409,55 +1421,77 @@ def test_masks_that_cannot_be_used_are_refused():
     with folder():
         save_png("photo.png", photo)
         save_png("small.png", hole[:50])
+        save_png("dot.png", 0 * hole[:1, :1])
         save_png("black.png", 0 * hole)
         save_png("dark.png", np.arange(5400).reshape(60, 90) % 16)
-        for mask, words in (("small.png", ["same size", "(90, 50)", "(90, 60)"]),
-                            ("black.png", ["no pixel is missing", "black.png", "up to 0", 16]),
-                            ("dark.png", ["dark.png", "up to 15", 16]), ("none.png", ["none.png"])):
+        for mask, *words in (("small.png", "same size", "(90, 50)", "(90, 60)"),
+                             ("dot.png", "same size", "(1, 1)"), ("none.png", "none.png"),
+                             ("black.png", "no pixel is missing", "black.png", "up to 0", 16),
+                             ("dark.png", "dark.png", "up to 15", 16)):
             raises(ValueError, lambda: data.load_picture("photo.png", 3, mask), *words)
 
 
 def test_a_result_keeps_colour_profile_and_resolution():
-    photo, hole = photograph()
+    picture = Image.fromarray(photograph()[0])
     colour, ink, grey = (bytes(16) + space + bytes(99) for space in (b"RGB ", b"CMYK", b"GRAY"))
-    picture = Image.fromarray(photo)
     with folder() as place:
-        for image, profile, mode in ((picture, colour, "RGB"), (picture.convert("L"), grey, "L"),
-                                     (picture.convert("I;16"), grey, "L"),
-                                     (picture.convert("CMYK"), ink, None), (picture, grey, None)):
-            image.save("photo.tif", icc_profile=profile, dpi=(300, 300))
-            info = quiet(data.load_picture, "photo.tif", 3)[0][3]
-            assert info.get("icc_profile") == (profile if mode else None)
-            result = Image.new("L" if mode == "RGB" else "RGB", (2, 2))
+        for mode, profile, kept_in in (("RGB", colour, "RGB"), ("L", grey, "L"),
+                                       ("I;16", grey, "L"), ("CMYK", ink, None),
+                                       ("RGB", grey, None)):
+            picture.convert(mode).save("photo.tif", icc_profile=profile, dpi=(300, 300))
+            (*_, info), _ = quiet(data.load_picture, "photo.tif", 3)
+            result = Image.new("L" if kept_in == "RGB" else "RGB", (2, 2))
             quiet(functools.partial(data.save_pictures, **info), place, {"result.png": result})
             with Image.open("result.png") as saved:
-                assert saved.info.get("icc_profile") == info.get("icc_profile")
-                assert saved.mode == (mode or result.mode)
+                assert saved.info.get("icc_profile") == (profile if kept_in else None)
+                assert saved.mode == (kept_in or "RGB")
                 close(saved.info["dpi"], (300, 300), 0.1)
-        picture.save("photo.tif")
-        assert data.load_picture("photo.tif", 3)[3] == {}
-        picture.save("photo.tif", dpi=(300, 300))
-        content = Path("photo.tif").read_bytes()
-        Path("photo.tif").write_bytes(content.replace(b"\x2c\1\0\0\1\0\0\0", bytes(8)))  # 0 / 0
-        assert data.load_picture("photo.tif", 3)[3] == {}
+        picture.save("plain.tif")
+        picture.save("odd.tif", dpi=(300, 300))
+        content = Path("odd.tif").read_bytes()
+        Path("odd.tif").write_bytes(content.replace(b"\x2c\1\0\0\1\0\0\0", bytes(8)))  # 0 / 0
+        for name in ("plain.tif", "odd.tif"):
+            assert data.load_picture(name, 3)[3] == {}
 
 
 def test_pictures_are_saved_all_or_none():
-    one, two = (Image.new("L", (2, 2), value) for value in (1, 2))
+    place = Path("a/b")
+
+    def save(level, *names):
+        picture = Image.new("L", (2, 2), level)
+        return quiet(data.save_pictures, place, dict.fromkeys(names, picture))[1]
+
     with folder():
-        place = Path("a/b")
-        _, said = quiet(data.save_pictures, place, {"one.png": one, "two.png": two})
-        assert [pixels_of(place / f"{n}.png").max() for n in ("one", "two")] == [1, 2]
+        said = save(1, "one.png", "two.png")
         assert said == f"picture: {place}/one.png\npicture: {place}/two.png\n"
-        raises(ValueError, lambda: data.save_pictures(place, {"one.png": two, "two.odd": one}))
-        os.mkdir(place / "three.png")
-        raises(ValueError, lambda: data.save_pictures(place, {"one.png": two, "three.png": one}))
-        assert pixels_of(place / "one.png").max() == 1
-        full = types.SimpleNamespace(write=Path("missing/x").write_text)  # it raises OSError
-        with contextlib.redirect_stdout(full):
-            raises(OSError, lambda: data.save_pictures(place, {"one.png": two, "two.png": one}))
-        assert [pixels_of(place / f"{n}.png").max() for n in ("one", "two")] == [2, 1]
+        os.mkdir(place / "folder.png")
+        for bad in ("two.odd", "folder.png"):
+            raises(ValueError, lambda: save(2, "one.png", bad))
+            assert pixels_of(place / "one.png").max() == 1
+        full = unittest.mock.Mock(side_effect=OSError)
+        with patched(data, print=full, create=True):
+            raises(OSError, lambda: save(3, "one.png", "two.png"))
+        assert {pixels_of(path).max() for path in files_in(place)} == {3}
         assert len(files_in(place)) == 2
+
+
+def test_the_limit_that_other_programs_have_in_pillow_stays():
+    with folder(), patched(Image, MAX_IMAGE_PIXELS=10):
+        save_png("photo.png", photograph()[0])
+        data.open_picture("photo.png")
+        raises(ValueError, lambda: data.open_picture("none.png"))
+        assert Image.MAX_IMAGE_PIXELS == 10
+
+
+def test_without_the_binary_version_of_cifar10_the_python_version_is_named():
+    for name, is_it in (("cifar-10-batches-py", True), ("cifar-10-python.tar.gz", True),
+                        ("data_batch_1", True), ("test_batch.bin.gz", False)):
+        with folder(), patched(data, CIFAR10_URLS=[]):
+            os.mkdir("data")
+            Path("data", name).touch()
+            refused(data, "--data cifar10", "cifar-10-binary.tar.gz", f"found there: {name}")
+            said = run(data, "--data cifar10")[2]
+            assert ("is the Python version" in said) == is_it
 
 
 def test_expected_errors_end_in_one_line():
