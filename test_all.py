@@ -641,8 +641,8 @@ def test_other_sets_in_the_place_of_mnist_are_refused_as_what_they_are():
     with folder() as root:
         for labels in (bytes_(5, 10), np.full(6, 46, np.uint8), bytes_(697_932, 10)):  # EMNIST's
             write_mnist(root, labels=labels)
-            message = f"{len(labels):,} labels up to {labels.max()} are not MNIST"
-            raises(ValueError, lambda: data.load_mnist(root, False), f"6 t10k images with {message}")
+            raises(ValueError, lambda: data.load_mnist(root, False), "6 t10k images",
+                   f"with {len(labels):,} labels up to {labels.max()} are not MNIST")
 
 
 @contextlib.contextmanager
@@ -869,7 +869,8 @@ def test_16_bits_with_a_transparent_colour():
     colour = bytes.fromhex(  # a PNG of two pixels: IHDR, tRNS with the first one's colour, IDAT
         "89504e470d0a1a0a0000000d49484452000000020000000110020000002bd0349e"
         "0000000674524e5303e807d00bb8c68616dd"
-        "000000154944415418d363607ec17e817bc7e1805709d2110022970556e05df8a60000000049454e44ae426082")
+        "000000154944415418d363607ec17e817bc7e1805709d2110022970556e05df8a6"
+        "0000000049454e44ae426082")
     with folder():
         Image.fromarray(grey).save("grey.png", transparency=8000)
         Path("colour.png").write_bytes(colour)
