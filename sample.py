@@ -49,10 +49,10 @@ def nearest(output_coords, input_coords, input_values):
     return input_values.take_along_dim(index, dim=1)
 
 
-def inverse_distance(output_coords, input_coords, input_values, power=4):
-    """The mean of all input pixels, weighted by distance^-power (Shepard, 1968)."""
+def inverse_distance(output_coords, input_coords, input_values):
+    """The mean of all input pixels, weighted by distance^-4 (Shepard, 1968)."""
     distance = torch.cdist(output_coords, input_coords).clamp(min=1e-6)
-    weights = distance**-power                                             # (B, N_out, N_in)
+    weights = distance**-4                                                 # (B, N_out, N_in)
     return weights / weights.sum(dim=2, keepdim=True) @ input_values
 
 
@@ -74,15 +74,14 @@ def reconstruct(model, schedule, split, draw=None, n_drawn=0):
     """The values of all outputs of a split by each method: {method: (B, N_out, C)} in [-1, 1].
 
     The one-step mean estimates E[x_0 | x_in], the mean of all images that fit the input. Nothing
-    has a lower squared error, but where several images fit, their mean is blurred: restore with it.
-    A sample is one of those images: sharp, with about twice the squared error, since it differs
-    from the mean as much as the truth does. Look at several to see what else it could have been.
+    has a lower squared error: restore with it. But where several images fit, it is blurred. A
+    sample is one of those images: sharp, with about twice the squared error, since it differs from
+    the mean as much as the truth does. Several show what else it could have been.
 
     draw(output_coords, input_coords, input_values) denoises the first n_drawn outputs jointly, so
     that they fit each other. The other outputs are the mean, given the input and this sample.
     """
-    coords = split["output_coords"]
-    known = split["input_coords"], split["input_values"]
+    coords, *known = (split[key] for key in ("output_coords", "input_coords", "input_values"))
     answers = {"one-step mean": one_step_mean(model, schedule, coords, *known)}
     if draw:
         drawn, others = coords.tensor_split([n_drawn], dim=1)
@@ -115,9 +114,11 @@ def restore(image, input_mask, answer, side=32, on_step=None, wanted=True):
         raise ValueError("no pixel of the picture is given: there is nothing to restore it from")
     restored = restore_windows(image, input_mask, answer, side, on_step, wanted)
     mask = input_mask[None].to(image)                                        # (1, H, W)
+    near = F.max_pool2d(mask, 3, stride=1, padding=1)
     depth = 0  # where a given pixel is within 2 pixels, and 1 where none is within 4
-    for radius in (2, 3, 4):
-        depth += (1 - F.max_pool2d(mask, 2 * radius + 1, stride=1, padding=radius)) / 3
+    for _ in range(3):
+        near = F.max_pool2d(near, 3, stride=1, padding=1)
+        depth += (1 - near) / 3
     if not depth.any():
         return restored
     half = torch.nn.AvgPool2d(2, ceil_mode=True)
@@ -248,21 +249,18 @@ def split_images(images, indices, seed=0, input_ratio=0.2, full=False, pixels="g
 
     The mask is a function of seed and an image's index, indices (B,). pixels: "grid" or
     "anywhere", where the input lies. A fifth of the image is measured, or with `full` all outputs.
-    Pixels that are nan (floats) are neither input nor output, and grey. Raises ValueError if too
-    many are.
+    Pixels whose value is nan are neither input nor output, and grey: ValueError for too many.
     """
-    total = images[0, 0].numel()
-    make_split, numbers = sparse_split, total
-    if pixels == "anywhere":
-        make_split = off_grid_split
-        numbers += 2 * int(total * input_ratio)  # the coordinates of the input
+    total, anywhere = images[0, 0].numel(), pixels == "anywhere"
+    coordinates = 2 * int(total * input_ratio) if anywhere else 0  # of the input
+    order = fixed_order(seed, indices, total + coordinates).to(images.device)
     unknown = images[0, 0].isnan().flatten()
-    order = fixed_order(seed, indices, numbers).to(images.device)
     order[:, :total] += unknown  # these come last
+    make_split = off_grid_split if anywhere else sparse_split
     split = make_split(images.nan_to_num(), input_ratio, None, order=order)
     n_unknown = int(unknown.sum())
     n_out = split["output_indices"].shape[1] - n_unknown
-    if n_unknown and (n_out < 1 or pixels == "anywhere"):
+    if n_unknown and (n_out < 1 or anywhere):
         raise ValueError(f"{n_unknown} of {total} pixels are transparent: --size and --pixels "
                          f"anywhere need a picture with fewer such pixels")
     for key in ("output_indices", "output_coords", "output_values"):
@@ -285,7 +283,7 @@ def assemble(split, values=None):
 
 
 def evaluate_field(model, schedule, images, draw=None, batch=25, **options):
-    """{method: {"mse", "mae", "psnr", "ssim"}} over images uint8 (N, C, H, W), values in [0, 1].
+    """{method: {"mse", "mae", "psnr", "ssim"}} over images (N, C, H, W), values in [0, 1].
 
     MSE and MAE are over the measured pixels, PSNR is that of the mean MSE, SSIM is of whole images
     with the input pixels kept. draw: see reconstruct. options: those of split_images.
@@ -300,13 +298,12 @@ def evaluate_field(model, schedule, images, draw=None, batch=25, **options):
             mse = error.square().mean(dim=(1, 2))                          # (B,)
             mae = error.abs().mean(dim=(1, 2))
             similarity = ssim(assemble(split, values), truth)
-            rows = figures.setdefault(method, [])
-            rows.append(torch.stack([mse, mae, similarity]))               # (3, B)
-    results = {}
-    for method, rows in figures.items():
-        mse, mae, similarity = torch.cat(rows, dim=1).mean(dim=1).tolist()
-        results[method] = dict(mse=mse, mae=mae, psnr=psnr(mse), ssim=similarity)
-    return results
+            part = torch.stack([mse, mae, similarity])                     # (3, B)
+            figures.setdefault(method, []).append(part)
+    for method, parts in figures.items():
+        mse, mae, similarity = torch.cat(parts, dim=1).mean(dim=1).tolist()
+        figures[method] = dict(mse=mse, mae=mae, psnr=psnr(mse), ssim=similarity)
+    return figures
 
 
 def covered(samples, truth):
@@ -433,13 +430,13 @@ def report_field(model, schedule, images, folder, name, sampler=ddim_sample, see
 def report_picture(model, schedule, path, folder, mask=None, input_ratio=0.2, seed=0):
     """Restore a picture, write NAME-restored.png and NAME-comparison.png to the folder.
 
-    Arguments are those of load_picture; NAME: see free_name. The result is the one-step mean.
+    Arguments are those of load_picture; NAME: see name_results. The result is the one-step mean.
     Where the truth is known, nearest and kriging are compared with it: returns {method: {"psnr"}},
     in dB over the missing pixels, otherwise {}. Raises as load_picture does.
     """
     image, input_mask, has_truth, info = load_picture(path, len(model.colours), mask, input_ratio,
                                                       seed)
-    stem, info["pnginfo"] = free_name(folder, path)
+    stem, info["pnginfo"] = name_results(folder, path)
     image, input_mask = image.to(schedule.betas.device), input_mask.to(schedule.betas.device)
     given = to_signed(image) * input_mask
     methods = {"one-step mean": partial(one_step_mean, model, schedule)}
@@ -474,20 +471,18 @@ def report_picture(model, schedule, path, folder, mask=None, input_ratio=0.2, se
     return results
 
 
-def free_name(folder, path):
-    """What the results of the picture at `path` are called, and the PNG text that tells whose they
-    are: its name without extension, with a number if results of another file have that."""
+def name_results(folder, path):
+    """What the results of the picture at `path` are called, and the PNG text that says whose they
+    are: the name without extension, or more where the results of another file have that name."""
     source = f"{zlib.crc32(bytes(path.resolve())):08x}"
     text = PngImagePlugin.PngInfo()
     text.add_text("Source", source)
-    stem, number = path.stem, 1
-    while (result := folder / f"{stem}-restored.png").exists():
+    result = folder / f"{path.stem}-restored.png"
+    if result.exists():
         with Image.open(result) as old:
-            if old.info.get("Source") == source:
-                break
-        number += 1
-        stem = f"{path.stem}-{number}"
-    return stem, text
+            if old.info.get("Source") != source:
+                return f"{path.stem}-{source}", text
+    return path.stem, text
 
 
 def show_progress(method):
@@ -515,30 +510,27 @@ KEYS = ("kind", "config", "settings", "schedule", "data", "step")  # beside "mod
 def load_checkpoint(path, device="cpu"):
     """A checkpoint of train.py, loaded without running code in it: (model, the whole dict).
 
-    Raises ValueError for a file that is no such checkpoint or damaged, OSError if it cannot be
-    read.
+    Raises ValueError for a file that cannot be read, is no such checkpoint, or damaged.
     """
-    with open(path, "rb") as file:
-        try:
-            damaged = zipfile.ZipFile(file).testzip()  # torch.load does not look at checksums
-            if damaged is not None:
-                raise ValueError(f"{damaged} is damaged")
-            file.seek(0)
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-            kind, config, *_ = (checkpoint[key] for key in KEYS)
-            DiffusionSchedule(**checkpoint["schedule"])  # refuses unknown schedules here
-            weights = {name: value.float() for name, value in checkpoint["model"].items()}
-            if kind == "nf":
-                model = NFDenoiser(weights["alphas_cumprod"], **config)
-            elif kind in ("dae", "ae"):
-                model = DenoisingAutoencoder(**config)
-            else:
-                raise ValueError("it holds another kind of model")
-            model.load_state_dict(weights)
-        except Exception as problem:  # a foreign or damaged file can fail in any way
-            reason = f"{type(problem).__name__}: {str(problem).strip()}".split("\n")[0][:150]
-            raise ValueError(f"{path} is not a checkpoint of this version of train.py "
-                             f"({reason})") from None
+    try:
+        damaged = zipfile.ZipFile(path).testzip()  # torch.load does not look at checksums
+        if damaged is not None:
+            raise ValueError(f"{damaged} is damaged")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        kind, config, *_ = (checkpoint[key] for key in KEYS)
+        DiffusionSchedule(**checkpoint["schedule"])  # refuses unknown schedules here
+        weights = {name: value.float() for name, value in checkpoint["model"].items()}
+        if kind == "nf":
+            model = NFDenoiser(weights["alphas_cumprod"], **config)
+        elif kind in ("dae", "ae"):
+            model = DenoisingAutoencoder(**config)
+        else:
+            raise ValueError("it holds another kind of model")
+        model.load_state_dict(weights)
+    except Exception as problem:  # a foreign or damaged file can fail in any way
+        reason = f"{type(problem).__name__}: {str(problem).strip()}".split("\n")[0][:150]
+        raise ValueError(f"{path} is not a checkpoint of this version of train.py "
+                         f"({reason})") from None
     return model.to(device).eval(), checkpoint
 
 
@@ -635,10 +627,8 @@ def parse_arguments(argv):
     args = parser.parse_args(argv)
     if args.sampler == "ddpm" and (args.steps or args.eta):
         parser.error("--steps and --eta are for DDIM; DDPM takes all timesteps")
-    if (args.mask or args.size) and not args.image:
-        parser.error("--mask and --size are for --image")
-    if args.size and args.mask:
-        parser.error("--size takes a complete picture: no --mask")
+    if args.mask and args.size or (args.mask or args.size) and not args.image:
+        parser.error("--mask or --size are for --image; --size takes a complete picture")
     if args.image and (args.evaluate or args.data):
         parser.error("--evaluate and --data are for test images, not for --image")
     args.sampling = any([args.sampler, args.steps, args.eta, args.samples, args.full, args.gif,
@@ -683,24 +673,22 @@ def main(argv=None):
     torch.set_flush_denormal(True)  # weights of far pixels are below 1e-38, and CPUs slow at that
     start = time.time()
     args.device = pick_device(args.device)
-    for path in (args.json, args.export):
-        if path:
-            check_place(path)
     if not args.checkpoint:
         trained = [] if args.image else args.out.rglob("checkpoint.pt")
         args.checkpoint = max(trained, key=os.path.getmtime, default=SHIPPED)
     if args.checkpoint == SHIPPED and not SHIPPED.exists():
         raise ValueError(f"no checkpoint below {args.out}: train one with python train.py")
+    for path in filter(None, (args.json, args.export)):
+        check_place(path)
+        if path.exists() and path.samefile(args.checkpoint):
+            raise ValueError(f"{path} is the checkpoint itself: choose another name")
     model, checkpoint = load_checkpoint(args.checkpoint, args.device)
     kind, settings = checkpoint["kind"], checkpoint["settings"]
     print(f"{args.checkpoint}: {kind}, {checkpoint['step']:,} steps on {checkpoint['data']}")
     if args.export:
-        if args.export.exists() and args.export.samefile(args.checkpoint):
-            raise ValueError(f"--export {args.export} is the checkpoint itself, which could not be "
-                             f"resumed any more: choose another name")
         return export(model, checkpoint, args.export)
-    other_ratio = args.input_ratio != 0.2
-    if kind != "nf" and (args.image or args.sampling or args.seed or other_ratio):
+    others = args.sampling or args.image or args.seed or args.input_ratio != 0.2
+    if kind != "nf" and others:
         raise ValueError(f"{args.checkpoint} is an autoencoder, and these flags are for a neural "
                          f"field: give the path of its checkpoint")
     schedule = DiffusionSchedule(**checkpoint["schedule"]).to(args.device)
