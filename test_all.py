@@ -3289,31 +3289,28 @@ def without_measuring():
 
 def test_each_flag_changes_the_table_as_it_says():
     three = dict(num_steps=3)
-    ddpm = dict(sampler=nf_denoiser.ddpm_sample)
-    with a_field_and_test_images() as (model, sched, images):
-        for flags, steps, sampling, options in (
-                ("--steps 3", 3, three, {}),
-                ("--steps 4 --sampler ddim", 4, dict(num_steps=4), {}),
-                ("--steps 3 --eta 0.5", 3, dict(num_steps=3, eta=0.5), {}),
-                ("--sampler ddpm", 20, ddpm, {}),
-                ("--steps 3 --seed 4", 3, three, dict(seed=4)),
-                ("--steps 3 --input-ratio 0.5", 3, three, dict(input_ratio=0.5)),
-                ("--steps 3 --full", 3, three, dict(full=True)),
-                ("--steps 3 --pixels grid", 3, three, dict(pixels="grid")),
-                ("--steps 3 --pixels anywhere", 3, three, dict(pixels="anywhere"))):
+    with a_field_and_test_images() as (*field, images):
+        for flags, sampling, options in (
+                ("--steps 3", three, {}),
+                ("--steps 4 --sampler ddim", dict(num_steps=4), {}),
+                ("--steps 3 --eta 0.5", dict(num_steps=3, eta=0.5), {}),
+                ("--sampler ddpm", dict(sampler=nf_denoiser.ddpm_sample), {}),
+                ("--steps 3 --seed 4", three, dict(seed=4)),
+                ("--steps 3 --input-ratio 0.5", three, dict(input_ratio=0.5)),
+                ("--steps 3 --full", three, dict(full=True)),
+                ("--steps 3 --pixels anywhere", three, dict(pixels="anywhere"))):
             got, out = figures_of(flags)
             seed = options.get("seed", 0)
-            draw = drawing(model, sched, seed, **sampling)
-            expected = sample.evaluate_field(model, sched, images[:2], draw, **options)
-            equal(got, expected, 1e-5)
-            for method, row in expected.items():  # the table says the same
+            draw = drawing(*field, seed, **sampling)
+            equal(got, sample.evaluate_field(*field, images[:2], draw, **options), 1e-5)
+            for method, row in got.items():  # the table says the same
                 line = (f"{method} +{row['mse']:.5f} +{row['mae']:.5f} +{row['psnr']:.2f} +"
                         f"{row['ssim']:.4f}\n")
                 assert re.search(line, out), (flags, out)
-            n_in = 128 if "ratio" in flags else 51
-            n_out = 205 if "full" in flags else 51
-            title = (f"leaves: 2 images, {n_in} pixels given, {n_out} measured, sample in {steps} "
-                     f"steps, mask seed {seed}\n")
+            n_in = int(256 * options.get("input_ratio", 0.2))
+            n_out = 205 if "full" in options else 51
+            title = (f"leaves: 2 images, {n_in} pixels given, {n_out} measured, sample in "
+                     f"{sampling.get('num_steps', 20)} steps, mask seed {seed}\n")
             assert title in out, out
         refused(sample, "m.pt", "1 to 20, got 50")  # the default of --steps
 
@@ -3329,8 +3326,7 @@ def test_how_many_images_are_measured():
     with a_field_and_test_images(), without_measuring() as reports:
         for flags, count in (("", 6), ("--evaluate 5", 5), ("--evaluate", 8)):
             out = works(sample, f"m.pt --json there/f.json {flags}")
-            images, place, name = reports.pop()
-            assert len(images) == count and (place, name) == (Path("out/nf"), "leaves")
+            assert len(reports.pop()[0]) == count
             expected = dict(checkpoint="m.pt", data="leaves", images=count, seed=0, methods={})
             assert json.loads(Path("there/f.json").read_text()) == expected
         assert out.startswith("m.pt: nf, 7 steps on leaves\n") and "s on cpu" in out
@@ -3338,91 +3334,88 @@ def test_how_many_images_are_measured():
 
 @functools.cache
 def pictures():
-    """What one run of sample.py draws, as arguments of image_grid; from what; what it prints."""
+    """What one run of sample.py draws, from what, and what it prints."""
     with a_field_and_test_images() as (*field, images), spied(sample, "image_grid") as drawn:
         figures, out = figures_of("--steps 4 --eta 1 --samples 2 --scale 3 --gif --evaluate 7")
-        for name, ((rows, *labels), options) in zip(("samples", "spread", "scale"), drawn):
-            expected = data.image_grid(rows, *labels, **options)
+        for name, (given, options) in zip(("samples", "spread", "scale"), drawn):
+            expected = data.image_grid(*given, **options)
             assert np.array_equal(pixels_of(f"out/nf/{name}.png"), pixels_of(expected))
         gif = Path("out/nf/denoising.gif").read_bytes()
-    return drawn, field, images, figures["samples"], out, gif
+    return drawn, field, images / 255, figures["samples"], out, gif
+
+
+def columns(rows, labels, *expected):
+    """The columns of a picture, which must be as expected: pairs (label, images)."""
+    assert labels == [label for label, _ in expected]
+    for (label, images), column in zip(expected, zip(*rows)):
+        close(torch.stack(column), images, 1e-4)
 
 
 def test_the_pictures_are_about_the_first_six_images():
     (((rows, labels), options), *_), field, images, *_ = pictures()
-    split, n_out = sample.split_images(images[:6], torch.arange(6))
+    images = images[:6]
+    split, n_out = sample.split_images(leaves(6, 16), torch.arange(6))
     draw = drawing(*field, num_steps=4, eta=1)
-    sample.evaluate_field(*field, images[:7], draw)  # takes its noise first
+    sample.evaluate_field(*field, leaves(7, 16), draw)  # takes its noise first
     answers = sample.reconstruct(*field, split, draw, n_out)
-    assert labels == ["input pixels", "kriging", "one-step mean", "sample", "truth",
-                      "error of mean"]
-    given, krige, mean, drawn, truth, error = (torch.stack(column) for column in zip(*rows))
-    close(given, sample.assemble(split), 0)
-    close(truth, images[:6] / 255, 1e-6)
-    decibels = []
-    for shown, method in zip((krige, mean, drawn), labels[1:]):
-        close(shown, sample.assemble(split, answers[method]), 1e-5)
-        mse = (shown - truth).square().mean(dim=(1, 2, 3))
-        decibels.append([f"{number:.1f} dB" for number in (-10 * mse.log10()).tolist()])
+    shown = {method: sample.assemble(split, answers[method])
+             for method in ("kriging", "one-step mean", "sample")}
+    errors = [data.heat(error) for error in shown["one-step mean"] - images]
+    columns(rows, labels, ("input pixels", sample.assemble(split)), *shown.items(),
+            ("truth", images), ("error of mean", torch.stack(errors)))
     for i, caption in enumerate(options["captions"]):
-        close(error[i], data.heat(mean[i] - truth[i]), 1e-5)
-        assert caption == ["", *(column[i] for column in decibels), "", "white: 0.5"]
+        mses = [(answer[i] - images[i]).square().mean().item() for answer in shown.values()]
+        decibels = [f"{-10 * math.log10(mse):.1f} dB" for mse in mses]
+        assert caption == ["", *decibels, "", "white: 0.5"]
 
 
 def test_the_picture_of_several_samples():
     (_, ((rows, labels), _), *_), _, images, figures, out, _ = pictures()
-    assert (f"2 samples per image: {figures['coverage']:.1%} of the true values in the central 90%, "
-            f"standard deviation {figures['spread']:.4f}, PSNR of their mean "
+    assert (f"2 samples per image: {figures['coverage']:.1%} of the true values in the "
+            f"central 90%, standard deviation {figures['spread']:.4f}, PSNR of their mean "
             f"{figures['psnr_mean']:.2f} dB") in out
-    assert labels == ["sample 1", "sample 2", "mean", "truth", "std. deviation", "error of mean"]
-    assert len(rows) == 4
-    for (one, two, mean, truth, std, error), image in zip(rows, images):
-        close(truth, image / 255, 1e-6)
-        close(mean, (one + two) / 2, 1e-5)
-        close(std, data.heat((one - two) / 2**0.5, 0.25), 1e-4)
-        close(error, data.heat(mean - truth, 0.25), 1e-4)
-        assert not torch.equal(one, two)
+    images = images[:4]
+    one, two, *_ = (torch.stack(column) for column in zip(*rows))
+    mean = (one + two) / 2
+    std = [data.heat(image, 0.25) for image in (one - two) / 2**0.5]
+    errors = [data.heat(image, 0.25) for image in mean - images]
+    columns(rows, labels, ("sample 1", one), ("sample 2", two), ("mean", mean), ("truth", images),
+            ("std. deviation", torch.stack(std)), ("error of mean", torch.stack(errors)))
+    assert not torch.equal(one, two)
 
 
 def test_the_picture_of_a_fine_grid():
     (_, _, ((rows, labels), options), *_), field, images, *_ = pictures()
-    assert labels == ["input pixels", "model x3", "truth"]
-    split, _ = sample.split_images(images[:6], torch.arange(6))
+    split, _ = sample.split_images(leaves(6, 16), torch.arange(6))
     line = torch.linspace(0, 1, 48)
     y, x = torch.meshgrid(line, line, indexing="ij")
     coords = torch.stack([x, y], -1).view(1, -1, 2).expand(6, -1, -1)
     fine = nf_denoiser.one_step_mean(*field, coords, *where(split)[1:])
-    given, shown, truth = (torch.stack(column) for column in zip(*rows))
-    close(given, sample.assemble(split), 0)
-    close(shown, fine.mT.view(6, 3, 48, 48) / 2 + 0.5, 1e-5)
-    close(truth, images[:6] / 255, 1e-6)
+    columns(rows, labels, ("input pixels", sample.assemble(split)),
+            ("model x3", fine.mT.view(6, 3, 48, 48) / 2 + 0.5), ("truth", images[:6]))
     assert options["zoom"] % 3 == 0  # no fine pixel is left out
 
 
 def test_the_animation_shows_every_step_from_noise_to_image():
-    (((rows, _), _), _, _, *steps), _, images, *_, content = pictures()
+    (((rows, _), _), _, _, *steps), _, _, *_, content = pictures()
     with Image.open(io.BytesIO(content)) as gif:
-        times = []
-        for i in range(gif.n_frames):
-            gif.seek(i)
-            times.append(gif.info["duration"])
-        assert gif.info["loop"] == 0 and len(times) >= 4
-    assert times[-1] > 1000 > 200 > times[0]  # the end stays
-    assert [labels for (_, labels, _), _ in steps[:5]] == [
-        ["t = 19"], ["t = 13"], ["t = 6"], ["t = 0"], ["t = 0"]]
-    for (shown, _, names), _ in steps:
-        assert names == ["x_t", "prediction"] and [len(row) for row in shown] == [3, 3]
-    split, n_out = sample.split_images(images[:3], torch.arange(3))
+        first = gif.info["duration"]
+        gif.seek(gif.n_frames - 1)
+        assert gif.n_frames >= 4 and gif.info["loop"] == 0
+        assert gif.info["duration"] > 1000 > 200 > first  # the end stays
+    times = [time for (_, (time,), _), _ in steps]
+    assert times == ["t = 19", "t = 13", "t = 6", *["t = 0"] * 11]
+    split, n_out = sample.split_images(leaves(3, 16), torch.arange(3))
     drawn = split["output_indices"][:, None, :n_out].expand(-1, 3, -1)
 
     def values(images):
         return torch.stack(list(images)).flatten(2).gather(2, drawn)
 
-    noisy, _ = steps[0][0][0]
+    ((noisy, _), _, names), _ = steps[0]
+    assert names == ["x_t", "prediction"]
     assert abs(values(noisy).std() - 0.5) < 0.05  # N(0, 1) of the range from -1 to 1
-    _, predicted = steps[-1][0][0]
-    samples = [row[3] for row in rows[:3]]
-    close(values(predicted).clamp(0, 1), values(samples), 0.02)
+    ((_, predicted), *_), _ = steps[-1]
+    close(values(predicted).clamp(0, 1), values(row[3] for row in rows[:3]), 0.02)
 
 
 def test_a_long_animation_shows_some_of_the_steps():
@@ -3433,35 +3426,25 @@ def test_a_long_animation_shows_some_of_the_steps():
     assert 25 <= len({labels[0] for (_, labels, _), _ in drawn}) <= 51
 
 
-def test_the_newest_checkpoint_is_sampled():
+def test_the_newest_checkpoint_is_sampled_or_the_shipped_one_which_needs_no_network():
     with a_field_and_test_images(), without_measuring() as reports:
-        for name, age in (("run/new", 0), ("run/old", 100), ("else/newer", -100)):
-            path = f"{name}/nf/checkpoint.pt"
-            save_field(path, side=16, data_name="leaves")
-            os.utime(path, (time.time() - age,) * 2)
-        shipped = Path("m.pt").resolve()
-        with patched(sample, SHIPPED=shipped):
-            for line, used in (
-                    ("--out run", "run/new/nf/checkpoint.pt"),
-                    ("--out run run/old/nf/checkpoint.pt", "run/old/nf/checkpoint.pt"),
-                    ("--out empty", shipped),
-                    ("--out run --image photo.png", shipped)):
-                assert works(sample, line).startswith(f"{used}: nf"), line
-        assert [place for _, place, _ in reports[:3]] == [Path(x, "nf") for x in (
-            "run", "run", "empty")]
-
-
-def test_the_shipped_model_works_without_a_network_however_its_path_is_written():
-    with a_field_and_test_images(), without_measuring() as reports:
-        for path in ("assets/shipped.pt", "other.pt"):
+        for path, age in (("run/nf/new/checkpoint.pt", 0), ("run/checkpoint.pt", 100),
+                          ("else/checkpoint.pt", -100), ("assets/shipped.pt", 0)):
             save_field(path, side=16)
+            os.utime(path, (time.time() - age,) * 2)
         shipped = Path("assets/shipped.pt").resolve()
         with patched(sample, SHIPPED=shipped):
-            for path in ("", "assets/shipped.pt", "./assets/../assets/shipped.pt", shipped):
-                assert "NO CIFAR10" in works(sample, f"{path}")
-                assert reports.pop()[2] == "leaves"
+            for line, used in (
+                    ("--out run --data leaves", "run/nf/new/checkpoint.pt"),
+                    ("--out run --data leaves run/checkpoint.pt", "run/checkpoint.pt"),
+                    ("--out run --image photo.png", shipped),
+                    ("--out empty", shipped),
+                    ("assets/../assets/shipped.pt", "assets/../assets/shipped.pt")):
+                assert works(sample, line).startswith(f"{used}: nf"), line
+            assert [place for _, place, _ in reports] == [
+                Path(place, "nf") for place in ("run", "run", "run", "empty", "out")]
             refused(sample, "assets/shipped.pt --data cifar10", "cannot fetch")
-        refused(sample, "other.pt", "cannot fetch")
+            refused(sample, "run/checkpoint.pt", "cannot fetch")
 
 
 def test_other_data_than_the_model_was_trained_on():
@@ -3489,15 +3472,12 @@ def test_an_exported_model_has_half_precision_and_the_same_answers():
         assert set(checkpoint) == {*sample.KEYS, "model"} and checkpoint["step"] == 7
         assert not loaded.training
         equal(loaded.state_dict(), model.state_dict(), 2e-3)
-        parameters = dict(model.named_parameters())
-        for name, value in checkpoint["model"].items():
-            half = name in parameters
-            assert value.dtype == (torch.float16 if half else torch.float32), name
-            assert half or value.equal(model.state_dict()[name])
+        half = {name: p.detach().half() for name, p in model.named_parameters()}
+        equal(checkpoint["model"], model.state_dict() | half)
         meta, _ = sample.load_checkpoint("m.pt", "meta")  # it stands for a GPU
         assert {p.device.type for p in meta.parameters()} == {"meta"}
     with tiny_sets():
-        save_field("m.pt")
+        save_field()
         works(sample, "m.pt --export out/nf/checkpoint.pt")
         refused(train, "--data cifar10 --batch-size 2 --resume", "exported")
 
@@ -3518,16 +3498,15 @@ def test_an_autoencoders_checkpoint_is_measured_by_its_own_report():
         sample.save_checkpoint(Path("m.pt"), dict(
             kind="dae", config=dict(input_dim=784, latent_dim=64), schedule={}, data="mnist",
             settings=dict(noise="gaussian 0.3"), step=1, model=model.state_dict()))
-        got, out = figures_of("--out there")  # --evaluate 2
         images = data.load_mnist("data", False)[0]
-        expected, _ = quiet(autoencoder.report_autoencoder, model, images[:2], Path("a"),
-                            "gaussian 0.3")
-        equal(got, expected, 1e-6)
-        assert Path("there/dae/samples.png").exists() and "2 images" in out
-        assert "64 images" in works(sample, "m.pt")
-        for flags in ("--steps 2", "--full", "--gif", "--scale 2", "--samples 2", "--eta 1",
-                      "--sampler ddpm", "--pixels grid", "--image a.png", "--seed 1",
-                      "--input-ratio 0.5"):
+        for flags, count in (("", 2), ("--evaluate", 64)):
+            got, _ = figures_of(f"--out there {flags}")
+            expected, _ = quiet(autoencoder.report_autoencoder, model, images[:count],
+                                Path("there/dae"), "gaussian 0.3")
+            equal(got, expected, 1e-6)
+        for flags in ("--steps 2 | --full | --gif | --scale 2 | --samples 2 | --eta 1 | --seed 1 | "
+                      "--sampler ddpm | --pixels grid | --image a.png | --input-ratio 0.5"
+                      ).split(" | "):
             refused(sample, f"m.pt {flags}", "m.pt is an autoencoder")
 
 
@@ -3550,27 +3529,21 @@ def mean_of_given(output_coords, input_coords, input_values):
 
 def test_windows_are_blended_with_sin_squared():
     image = torch.rand(3, 32, 48, generator=seeded())
-    known = torch.zeros(32, 48, dtype=torch.bool)
-    known[::2] = True  # the same number in both windows
-    left = image[:, ::2, :32].mean(dim=(1, 2))
-    right = image[:, ::2, 16:].mean(dim=(1, 2))
+    known = (torch.arange(32) % 2 == 0)[:, None].expand(32, 48)  # as many in both windows
+    left, right = (image[:, ::2, x:x + 32].mean(dim=(1, 2)) for x in (0, 16))
     weight = torch.sin(math.pi * (torch.arange(32) + 0.5) / 32) ** 2
-    share = F.pad(weight[:16] / (weight[:16] + weight[16:]), (16, 0))
-    share = F.pad(share, (0, 16), value=1)  # of the right window, in each column
-    expected = torch.lerp(left[:, None], right[:, None], share)
+    share = weight[:16] / (weight[:16] + weight[16:])  # of the right one, where both are
+    share = torch.cat([torch.zeros(16), share, torch.ones(16)])
     got = sample.restore_windows(image, known, mean_of_given, 32)
-    close(got[:, 1::2], expected[:, None].expand(3, 16, 48), 1e-5)
+    close(got[:, 31], torch.lerp(left[:, None], right[:, None], share), 1e-5)
 
 
 def test_windows_cover_pictures_of_any_size():
-    def twos(output_coords, _, input_values):
-        return torch.full((*output_coords.shape[:2], input_values.shape[2]), 2.0)
-
     for height, width, side in ((1, 2, 32), (20, 70, 32), (33, 31, 32), (64, 48, 32), (9, 30, 8)):
         image = torch.rand(1, height, width, generator=seeded()) * 2 - 1
         known = torch.rand(height, width, generator=seeded(1)) < 0.3
-        known[0, 0], known[0, 1] = True, False
-        got = sample.restore_windows(image, known, twos, side)
+        known[0, :2] = torch.tensor([True, False])
+        got = sample.restore_windows(image, known, lambda *given: 2 + mean_of_given(*given), side)
         assert torch.equal(got[:, known], image[:, known])  # the given pixels stay
         close(got[:, ~known], 1.0, 1e-6)  # clamped
 
@@ -3641,22 +3614,22 @@ def test_a_large_hole_is_filled_from_its_rim():
 
 def test_the_depth_of_a_hole_is_restored_at_half_the_size():
     image = 0.4 + 0.01 * torch.rand(1, 64, 65, generator=seeded())
-    known, small = torch.ones(64, 65, dtype=torch.bool), []
+    known, sizes = torch.ones(64, 65, dtype=torch.bool), []
     known[20:32, 21:33] = False
 
     def one_value_a_size(image, input_mask, *_):
-        small.append((image, input_mask))
-        return torch.where(input_mask, image, 0.8 if image.shape[1] == 64 else 0.4)
+        sizes.append((image[0], input_mask))
+        return torch.where(input_mask, image, 0.8 if len(sizes) == 1 else 0.4)
 
     with patched(sample, restore_windows=one_value_a_size):
         got = sample.restore(image, known, None)
     row = got[0, 26, 21:27].tolist()  # from the rim to the middle of the hole
     close(row, [0.8, 0.8, 0.667, 0.533, 0.4, 0.4], 0.01)
     assert torch.equal(got[:, known], image[:, known])
-    half, mask = small[1]
-    assert half.shape == (1, 32, 33) and (~mask).sum() == 6 * 5  # those with none of four given
-    close(half[0, 5, 5], image[0, 10:12, 10:12].mean(), 1e-6)
-    close(half[0, 12, 10], image[0, 24:26, 20].mean(), 1e-6)  # the given two of four
+    half, mask = sizes[1]
+    assert half.shape == (32, 33) and (~mask).sum() == 6 * 5  # those with none of four given
+    close(half[5, 5], image[0, 10:12, 10:12].mean(), 1e-6)
+    close(half[12, 10], image[0, 24:26, 20].mean(), 1e-6)  # the given two of four
 
 
 def test_the_progress_tells_method_windows_and_time_left():
@@ -3687,30 +3660,29 @@ def test_a_photograph_is_restored_by_the_one_step_mean():
         ((rows, labels), options), = drawn
         comparison = data.image_grid(rows, labels, **options)
         assert np.array_equal(pixels_of("out/nf/photo-comparison.png"), pixels_of(comparison))
-        got = json.loads(Path("f.json").read_text())
+        figures = json.loads(Path("f.json").read_text())
         pixels, known, *_ = data.load_picture("photo.png", 3, None, 0.3, 2)
-    truth = pixels / 255
+    given = data.to_signed(pixels) * known
     K = nf_denoiser.exponential_covariance(32)
     model.prior = sample.PrecisionField(model.prior.covariance)
-    answers = {
-        "nearest": sample.nearest,
-        "kriging": functools.partial(sample.kriging, covariance=K),
-        "one-step mean": functools.partial(nf_denoiser.one_step_mean, model, sched)}
-    (given, *images, last), = rows
-    close(given, torch.where(known, truth, 0.5), 1e-6)
-    close(last, truth, 1e-6)
-    for (name, answer), shown, label in zip(answers.items(), images, labels[1:]):
-        expected = sample.restore(data.to_signed(pixels) * known, known, answer)
-        close(shown, data.to_unit(expected), 1e-5)
-        decibels = -10 * (shown - truth)[:, ~known].square().mean().log10().item()
-        close(got["methods"][name]["psnr"], decibels, 1e-3)
-        assert name in label and f"{decibels:.2f} dB" in label
-        assert re.search(f"{name} +{decibels:.2f} dB\n", out)
-    close(image.transpose(2, 0, 1), 255 * images[2].clamp(0, 1), 0.51)
+    expected = [("given", data.to_unit(given)[None])]
+    for name, answer, *more in (
+            ("nearest", sample.nearest),
+            ("kriging", sample.kriging, K),
+            ("one-step mean", nf_denoiser.one_step_mean)):
+        before = (model, sched) if name == "one-step mean" else ()
+        filled = sample.restore(given, known, lambda *where: answer(*before, *where, *more))
+        shown = data.to_unit(filled)
+        mse = (shown - pixels / 255)[:, ~known].square().mean()
+        decibels = f"{name:14}{-10 * mse.log10():6.2f} dB"
+        assert f"{decibels}\n" in out
+        close(figures["methods"][name]["psnr"], -10 * mse.log10(), 1e-3)
+        expected.append((decibels, shown[None]))
+    columns(rows, labels, *expected, ("truth", pixels[None] / 255))
+    close(image.transpose(2, 0, 1), 255 * shown.clamp(0, 1), 0.51)
     assert abs(image - photo)[~known].max() > 5  # restored, not copied
     assert np.array_equal(image[known], photo[known])  # the given pixels, bit by bit
-    assert labels[0] == "given" and labels[-1] == "truth"
-    assert got["data"] == "photo.png" and got["images"] == 1 and len(got["methods"]) == 3
+    assert figures["data"] == "photo.png" and figures["images"] == 1
     assert "3,780 of 5,400 pixels (70.0%) were hidden" in out, out
 
 
@@ -3733,18 +3705,17 @@ def test_the_truth_under_a_mask_is_not_used():
 
 
 def test_results_of_another_picture_are_not_replaced():
-    with folder() as root:
+    with folder():
         save_field()
         os.mkdir("other")
-        written = {}
+        contents = {}
         for i, name in enumerate(("photo.png", "photo.bmp", "other/photo.png", "photo.png")):
             save_png(name, bytes_((8, 8, 3), seed=i))
             works(sample, f"m.pt --image {name}")
-            changed = [path for path, content in written.items() if path.read_bytes() != content]
-            written = {path: path.read_bytes() for path in files_in(root / "out")}
-            assert len(written) == 2 * min(i + 1, 3) and len(changed) == 2 * (i == 3), name
-        assert all(path.name.startswith("photo-") and path in written for path in changed)
-        assert Path("out/nf/photo-restored.png").resolve() in map(Path.resolve, changed)
+            old, contents = contents, {path: path.read_bytes() for path in files_in(Path("out"))}
+            replaced = sorted(path.name for path in old if old[path] != contents[path])
+            assert len(contents) == 2 * min(3, i + 1)
+            assert replaced == ["photo-comparison.png", "photo-restored.png"] * (i == 3), name
 
 
 def test_grey_photographs_stay_grey_and_large_ones_large():
@@ -3757,13 +3728,11 @@ def test_grey_photographs_stay_grey_and_large_ones_large():
         save_png("mask.png", 255 * (np.arange(40 * 2001).reshape(40, 2001) == 5000))
         for model in ("m.pt", "grey.pt"):
             works(sample, f"{model} --image grey.png")
-            with Image.open("out/nf/grey-restored.png") as picture:
-                assert picture.mode == "L" and picture.size == (28, 28)
-                assert (pixels_of(picture) == grey).mean() >= 0.19
+            image = pixels_of("out/nf/grey-restored.png")
+            assert image.shape == (28, 28) and (image == grey).mean() >= 0.19
         _, image = restored("photo.png --mask mask.png")
         assert image.shape == wide.shape and (image != wide).any(2).sum() <= 1
-        with Image.open("out/nf/photo-comparison.png") as picture:
-            assert picture.width < 2 * 700  # for the eye
+        assert pixels_of("out/nf/photo-comparison.png").shape[1] < 2 * 700  # for the eye
 
 
 def test_the_middle_of_a_photograph_is_sampled():
@@ -3780,34 +3749,32 @@ def test_the_middle_of_a_photograph_is_sampled():
 
 def test_transparent_pixels_of_a_sampled_picture_are_neither_given_nor_measured():
     """They are grey in all images that are compared, so that no figure counts them."""
-    sprite = np.dstack([bytes_((32, 32, 3)), np.repeat([0, 255], [512, 512]).reshape(32, 32)])
+    alpha = np.repeat([0, 255], 512).reshape(32, 32)
+    colours = bytes_((32, 32, 3))
     with folder(), spied(sample, "image_grid") as drawn:
         save_field()
-        save_png("sprite.png", sprite)
-        line = "m.pt --image sprite.png --size 32"
+        save_png("sprite.png", colours, alpha)
+        line = "m.pt --image sprite.png --size 32 --steps 2"
         for flags, measured in (("", 204), ("--full", 512 - 204)):
-            out = works(sample, f"{line} --steps 2 {flags}")
-            assert f"204 pixels given, {measured} measured" in out
+            assert f"204 pixels given, {measured} measured" in works(sample, f"{line} {flags}")
         refused(sample, f"{line} --pixels anywhere", "512", "transparent")
-        sprite[:26, :, 3] = 0  # 192 pixels are left, fewer than are given
-        save_png("sprite.png", sprite)
+        alpha[:26] = 0  # 192 pixels are left, fewer than are given
+        save_png("sprite.png", colours, alpha)
         refused(sample, line, "832", "transparent")
     for (((*images, _),), _), _ in drawn:
         images = torch.stack(images)
-        close(images[:, :, :16], torch.full((5, 3, 16, 32), 0.5), 0)
-        close(images[-1, :, 16:], sprite[16:, :, :3].transpose(2, 0, 1) / 255, 1e-6)
+        close(images[:, :, :16], 0.5, 0)
+        close(images[-1, :, 16:], colours[16:].transpose(2, 0, 1) / 255, 1e-6)
 
 
 def test_photographs_that_cannot_be_restored_leave_the_last_result():
     photo, hole = photograph()
     with folder():
         save_field()
-        save_png("photo.png", photo)
-        save_png("dot.png", photo[:1, :1])
-        save_png("nothing.png", np.zeros((50, 50, 4)))
-        save_png("black.png", 0 * hole)
-        restored("photo.png")
-        before = Path("out/nf/photo-restored.png").read_bytes()
+        for name, planes in dict(photo=photo, dot=photo[:1, :1], nothing=np.zeros((50, 50, 4)),
+                                 black=0 * hole).items():
+            save_png(f"{name}.png", planes)
+        _, before = restored("photo.png")
         Path("cut.png").write_bytes(Path("photo.png").read_bytes()[:90])
         for flags, word in (
                 ("photo.png --mask dot.png", "same size"),
@@ -3821,7 +3788,7 @@ def test_photographs_that_cannot_be_restored_leave_the_last_result():
         Path("out/nf/photo-comparison.png").unlink()
         os.mkdir("out/nf/photo-comparison.png")  # cannot be replaced
         refused(sample, "m.pt --image photo.png --seed 3")
-        assert Path("out/nf/photo-restored.png").read_bytes() == before
+        assert np.array_equal(pixels_of("out/nf/photo-restored.png"), before)
 
 
 def test_both_pictures_of_a_photograph_are_written_or_none():
