@@ -59,8 +59,8 @@ def inverse_distance(output_coords, input_coords, input_values):
 def kriging(output_coords, input_coords, input_values, covariance):
     """The mean of a Gaussian random field, given the inputs: GaussianField of nf_denoiser.py.
 
-    Again a weighted mean, but two inputs side by side tell almost the same, and share one weight.
-    covariance: (side^2, side^2), of any two pixels.
+    Two inputs side by side tell almost the same, so they share one weight. covariance: (P, P) of
+    all pixels.
     """
     mean = input_values.mean(dim=1, keepdim=True)                          # (B, 1, C)
     field = GaussianField(covariance.to(input_values))
@@ -74,21 +74,18 @@ def reconstruct(model, schedule, split, draw=None, n_drawn=0):
     """The values of all outputs of a split by each method: {method: (B, N_out, C)} in [-1, 1].
 
     The one-step mean estimates E[x_0 | x_in], the mean of all images that fit the input. Nothing
-    has a lower squared error: restore with it. But where several images fit, it is blurred. A
-    sample is one of those images: sharp, with about twice the squared error, since it differs from
-    the mean as much as the truth does. Several show what else it could have been.
-
-    draw(output_coords, input_coords, input_values) denoises the first n_drawn outputs jointly, so
-    that they fit each other. The other outputs are the mean, given the input and this sample.
+    has a lower squared error, but it is blurred where several images fit. A sample is one of those
+    images: sharp, with about twice the squared error, since it differs from the mean as much as the
+    truth does. draw(output_coords, input_coords, input_values) denoises the first n_drawn outputs
+    jointly, so that they fit each other; the others are the mean, given the input and this sample.
     """
     coords, *known = (split[key] for key in ("output_coords", "input_coords", "input_values"))
     answers = {"one-step mean": one_step_mean(model, schedule, coords, *known)}
     if draw:
         drawn, others = coords.tensor_split([n_drawn], dim=1)
         values = draw(drawn, *known).clamp(-1, 1)
-        more_coords = torch.cat([known[0], drawn], dim=1)
-        more_values = torch.cat([known[1], values], dim=1)
-        mean = one_step_mean(model, schedule, others, more_coords, more_values)
+        more = torch.cat([known[0], drawn], dim=1), torch.cat([known[1], values], dim=1)
+        mean = one_step_mean(model, schedule, others, *more)
         answers["sample"] = torch.cat([values, mean], dim=1)
     covariance = exponential_covariance(split["full_image"].shape[-1])
     answers["kriging"] = kriging(coords, *known, covariance)
@@ -102,9 +99,9 @@ def reconstruct(model, schedule, split, draw=None, n_drawn=0):
 def restore(image, input_mask, answer, side=32, on_step=None, wanted=True):
     """Fill the missing pixels of an image of any size by a method for side x side pixels.
 
-    image: (C, H, W) in [-1, 1]. input_mask: bool (H, W), the given pixels. answer(output_coords,
-    input_coords, input_values) -> output values, such as kriging. on_step, wanted: see
-    restore_windows. Returns (C, H, W), the given pixels unchanged. Raises ValueError without any.
+    image: (C, H, W) in [-1, 1]. input_mask: bool (H, W), the given pixels; ValueError without any.
+    answer: such as nearest. on_step, wanted: see restore_windows. Returns (C, H, W), the given
+    pixels unchanged.
 
     At half the size holes are half as wide, and windows of the same number of pixels see twice as
     far. So the depth of a hole is restored there (and its own depth at a quarter of the size, and
@@ -134,11 +131,11 @@ def restore(image, input_mask, answer, side=32, on_step=None, wanted=True):
 def restore_windows(image, input_mask, answer, side, on_step=None, wanted=True):
     """Like restore, at one size. on_step: called with the numbers of windows done and of all.
 
+    wanted: bool (H, W), the missing pixels whose windows are computed; others may be left.
     Windows overlap by one half. Near its edge a window sees one side of a pixel only, so answers
     are averaged with a weight, sin^2, that falls to 0 there. A window inside a hole sees nothing:
     those with fewer than a quarter of the known pixels of the best one wait for a later pass, when
-    restored pixels count as known. So holes are filled from their rim. wanted: bool (H, W), the
-    missing pixels whose windows are computed; others may be left as they are.
+    restored pixels count as known. So holes are filled from their rim.
     """
     height, width = input_mask.shape
     rows = window_lines(height, side).to(image.device)                       # (windows, side)
@@ -321,11 +318,10 @@ def covered(samples, truth):
 
 
 def evaluate_samples(model, schedule, images, draw, count, **options):
-    """What `count` samples of each image, uint8 (N, C, H, W), say about it.
+    """What `count` samples of each image say about it: (figures, rows for image_grid).
 
-    Returns (figures, rows for image_grid). Figures, values in [0, 1]: coverage, the mean of
-    `covered`; spread, the mean standard deviation; psnr_mean, the PSNR of the samples' mean.
-    A row for each image: two samples, mean, truth, standard deviation, error of mean.
+    Figures, values in [0, 1]: coverage, the mean of `covered`; spread, the mean standard deviation;
+    psnr_mean, the PSNR of the samples' mean.
     """
     total, rows = 0, []
     for i, image in enumerate(images):
@@ -372,10 +368,7 @@ def draw_fine(model, schedule, split, scale):
 
 
 def animate(split, frames, path):
-    """A GIF of three images: x_t above, the prediction x_0_hat below, at most 50 of the steps.
-
-    frames: (t, x_t, x_0_hat) of each step. The last one stays for a while.
-    """
+    """A GIF of three images at up to 50 of the steps, frames: (t, x_t, x_0_hat) of each."""
     step = max(1, len(frames) // 25)
     pictures = []
     for t, x_t, x_0_hat in frames[::step] + frames[-1:] * 10:
@@ -389,11 +382,8 @@ def animate(split, frames, path):
 # --------------------------------------------------------------------------------------- reports
 def report_field(model, schedule, images, folder, name, sampler=ddim_sample, seed=0, samples=None,
                  scale=1, gif=False, **options):
-    """Print the table of evaluate_field, draw the pictures, return {method: figures}.
-
-    images: uint8 (N, C, H, W), called `name`. sampler: such as ddim_sample. samples: how many for
-    evaluate_samples, if any. options: those of split_images.
-    """
+    """Print the table of evaluate_field for the images `name`, draw pictures, return {method:
+    figures}. samples: how many for evaluate_samples. options: those of split_images."""
     options["seed"] = seed
     draw = partial(sampler, model, schedule, generator=torch.Generator().manual_seed(seed))
 
@@ -428,11 +418,10 @@ def report_field(model, schedule, images, folder, name, sampler=ddim_sample, see
 
 
 def report_picture(model, schedule, path, folder, mask=None, input_ratio=0.2, seed=0):
-    """Restore a picture, write NAME-restored.png and NAME-comparison.png to the folder.
+    """Restore a picture by the one-step mean; write NAME-restored.png and NAME-comparison.png.
 
-    Arguments are those of load_picture; NAME: see name_results. The result is the one-step mean.
-    Where the truth is known, nearest and kriging are compared with it: returns {method: {"psnr"}},
-    in dB over the missing pixels, otherwise {}. Raises as load_picture does.
+    Arguments and errors are those of load_picture. Where the truth is known, nearest and kriging
+    are compared with it: returns {method: {"psnr"}}, in dB over the missing pixels, otherwise {}.
     """
     image, input_mask, has_truth, info = load_picture(path, len(model.colours), mask, input_ratio,
                                                       seed)
@@ -452,8 +441,9 @@ def report_picture(model, schedule, path, folder, mask=None, input_ratio=0.2, se
         restored = restore(given, input_mask, answer, model.side, show_progress(name))
         if has_truth:
             error = (restored - to_signed(image))[:, ~input_mask] / 2
-            results[name] = dict(psnr=psnr(error.square().mean().item()))
-            name = f"{name:14}{results[name]['psnr']:6.2f} dB"
+            decibels = psnr(error.square().mean().item())
+            results[name] = dict(psnr=decibels)
+            name = f"{name:14}{decibels:6.2f} dB"
             print(name, flush=True)
         columns[name] = reduced(to_unit(restored))
     if has_truth:
@@ -640,7 +630,8 @@ def parse_arguments(argv):
 
 def load_images(checkpoint, args):
     """Test images, or the middle square of --image: (name, images (N, C, H, W))."""
-    channels, side = checkpoint["config"].get("channels", 1), checkpoint["config"].get("side", 28)
+    config = {"channels": 1, "side": 28} | checkpoint["config"]
+    channels, side = config["channels"], config["side"]
     name = args.image
     if name:
         picture = open_picture(name)
@@ -687,8 +678,8 @@ def main(argv=None):
     print(f"{args.checkpoint}: {kind}, {checkpoint['step']:,} steps on {checkpoint['data']}")
     if args.export:
         return export(model, checkpoint, args.export)
-    others = args.sampling or args.image or args.seed or args.input_ratio != 0.2
-    if kind != "nf" and others:
+    for_field = args.sampling or args.image or args.seed or args.input_ratio != 0.2
+    if kind != "nf" and for_field:
         raise ValueError(f"{args.checkpoint} is an autoencoder, and these flags are for a neural "
                          f"field: give the path of its checkpoint")
     schedule = DiffusionSchedule(**checkpoint["schedule"]).to(args.device)

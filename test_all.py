@@ -3872,27 +3872,28 @@ def test_bad_input_gets_one_line_and_an_exit_code():
                 refused(module, line)
         with patched(sample, SHIPPED=Path("none.pt")):
             refused(sample, "", "train.py")
-    for module, lines in (  # exit code 2, from argparse
-            (train, "--model nope | --steps 0 | --steps -1 | --steps x | --epochs 0 | --lr nan | "
-                    "--lr 0 | --steps 5 --epochs 5 | --seed -1 | --parts nose | --parts | "
-                    "--batch-size 0 | --evaluate 0 | --size huge | --noise fog | --masks odd | "
-                    "--model dae --noise mixed --noise-param 1 | --noise masking | "
-                    "--model ae --noise masking | --model dae --parts unet | "
-                    "--model ae --size full | --model ae --noise-param 1 | --steps 99999999999"),
-            (sample, "--eta 2 | --eta -1 | --eta nan | --scale 0 | --scale 17 | --seed -1 | "
-                     "--evaluate 0 | --samples 1 | --sampler ddpm --eta 1 | --steps 1001 | "
-                     "--sampler ddpm --steps 5 | --input-ratio 1.1 | --input-ratio nan | "
-                     "--size 32 | --size 65 | --mask x.png | --sampler odd | --pixels odd | "
-                     "--image x.png --gif | --image x.png --size 32 --mask x.png | "
-                     "--image x.png --steps 5 | --image x.png --pixels grid | "
-                     "--image x.png --mask x.png --full | --image x.png --input-ratio 1.5 | "
-                     "--image x.png --evaluate | --image x.png --data mnist"),
-            (autoencoder, "--seeds 0 | --epochs 0 | --exercise nope"),
-            (noise, "--nope"),
-            (data, "--seed x")):
-        for line in lines.split(" | "):
-            code, _, err = run(module, line)
-            assert code == 2 and "error: " in err.splitlines()[-1], (module, line, err)
+        for module, lines in (  # exit code 2, from argparse
+                (sample, "--eta 2 | --eta -1 | --eta nan | --scale 0 | --scale 17 | --seed -1 | "
+                         "--evaluate 0 | --samples 1 | --sampler ddpm --eta 1 | --steps 1001 | "
+                         "--sampler ddpm --steps 5 | --input-ratio 1.1 | --input-ratio nan | "
+                         "--size 32 | --size 65 | --mask x.png | --sampler odd | --pixels odd | "
+                         "--image x.png --gif | --image x.png --size 32 --mask x.png | "
+                         "--image x.png --steps 5 | --image x.png --pixels grid | "
+                         "--image x.png --mask x.png --full | --image x.png --input-ratio 1.5 | "
+                         "--image x.png --evaluate | --image x.png --data mnist"),
+                (train, "--model nope | --steps 0 | --steps -1 | --steps x | --epochs 0 | --lr 0 | "
+                        "--lr nan | --steps 5 --epochs 5 | --seed -1 | --parts nose | --parts | "
+                        "--batch-size 0 | --evaluate 0 | --size huge | --noise fog | --masks odd | "
+                        "--model dae --noise mixed --noise-param 1 | --noise masking | "
+                        "--model ae --noise masking | --model dae --parts unet | "
+                        "--steps 99999999999 | --model ae --size full | "
+                        "--model ae --noise-param 1"),
+                (autoencoder, "--seeds 0 | --epochs 0 | --exercise nope"),
+                (noise, "--nope"),
+                (data, "--seed x")):
+            for line in lines.split(" | "):
+                code, _, err = run(module, line)
+                assert code == 2 and "error: " in err.splitlines()[-1], (module, line, err)
     process = subprocess.run([sys.executable, HERE / "sample.py", "none.pt"],
                              capture_output=True, text=True)
     assert process.returncode == 1 and process.stderr.count("\n") == 1, process.stderr
