@@ -11,8 +11,7 @@
 
 Everything that restores an image is a function of the same three tensors: output_coords
 (B, N_out, 2), input_coords (B, N_in, 2) and input_values (B, N_in, C) in [-1, 1]. It returns values
-at the output coordinates, (B, N_out, C). An autoencoder's checkpoint is measured by
-report_autoencoder of autoencoder.py.
+at the output coordinates, (B, N_out, C).
 """
 import os
 
@@ -24,16 +23,19 @@ import math
 import sys
 import time
 import zipfile
+import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, PngImagePlugin
 
 from autoencoder import DenoisingAutoencoder, report_autoencoder
 from data import (fixed_order, heat, image_grid, load_dataset, load_picture, off_grid_split,
                   open_picture, run, save_pictures, sparse_split, square_picture, to_picture,
-                  to_signed, to_unit)
+                  to_signed, to_unit, write_whole)
 from nf_denoiser import (GaussianField, NFDenoiser, ddim_sample, ddpm_sample,
                          exponential_covariance, likely_variance, one_step_mean, read_at, scatter)
 from noise import psnr, ssim
@@ -47,19 +49,18 @@ def nearest(output_coords, input_coords, input_values):
     return input_values.take_along_dim(index, dim=1)
 
 
-def inverse_distance(output_coords, input_coords, input_values, power=4):
-    """The mean of all input pixels, weighted by distance^-power (Shepard, 1968)."""
+def inverse_distance(output_coords, input_coords, input_values):
+    """The mean of all input pixels, weighted by distance^-4 (Shepard, 1968)."""
     distance = torch.cdist(output_coords, input_coords).clamp(min=1e-6)
-    weights = distance**-power                                             # (B, N_out, N_in)
+    weights = distance**-4                                                 # (B, N_out, N_in)
     return weights / weights.sum(dim=2, keepdim=True) @ input_values
 
 
 def kriging(output_coords, input_coords, input_values, covariance):
     """The mean of a Gaussian random field, given the inputs: GaussianField of nf_denoiser.py.
 
-    Again a weighted mean, but the weights know more than distances: two inputs side by side tell
-    almost the same, and share one weight. covariance: (side^2, side^2), of any two pixels, here
-    nf_denoiser's exponential_covariance, the textbook's; the network's own is measured.
+    Two inputs side by side tell almost the same, so they share one weight. covariance: (P, P) of
+    all pixels.
     """
     mean = input_values.mean(dim=1, keepdim=True)                          # (B, 1, C)
     field = GaussianField(covariance.to(input_values))
@@ -73,25 +74,19 @@ def reconstruct(model, schedule, split, draw=None, n_drawn=0):
     """The values of all outputs of a split by each method: {method: (B, N_out, C)} in [-1, 1].
 
     The one-step mean estimates E[x_0 | x_in], the mean of all images that fit the input. Nothing
-    has a lower squared error, but where several images fit, their mean is blurred: restore with it.
-    A sample is one of those images: sharp, with about twice the squared error, since it differs
-    from the mean as much as the truth does. Look at several to see what else it could have been.
-
-    draw(output_coords, input_coords, input_values) denoises the first n_drawn outputs jointly, so
-    that they fit each other. The other outputs are the mean, given the input and this sample.
+    has a lower squared error, but it is blurred where several images fit. A sample is one of those
+    images: sharp, with about twice the squared error, since it differs from the mean as much as the
+    truth does. draw(output_coords, input_coords, input_values) denoises the first n_drawn outputs
+    jointly, so that they fit each other; the others are the mean, given the input and this sample.
     """
-    coords = split["output_coords"]
-    known = split["input_coords"], split["input_values"]
+    coords, *known = (split[key] for key in ("output_coords", "input_coords", "input_values"))
     answers = {"one-step mean": one_step_mean(model, schedule, coords, *known)}
     if draw:
         drawn, others = coords.tensor_split([n_drawn], dim=1)
         values = draw(drawn, *known).clamp(-1, 1)
-        if others.shape[1] > 0:
-            known_coords = torch.cat([split["input_coords"], drawn], dim=1)
-            known_values = torch.cat([split["input_values"], values], dim=1)
-            mean = one_step_mean(model, schedule, others, known_coords, known_values)
-            values = torch.cat([values, mean], dim=1)
-        answers["sample"] = values
+        more = torch.cat([known[0], drawn], dim=1), torch.cat([known[1], values], dim=1)
+        mean = one_step_mean(model, schedule, others, *more)
+        answers["sample"] = torch.cat([values, mean], dim=1)
     covariance = exponential_covariance(split["full_image"].shape[-1])
     answers["kriging"] = kriging(coords, *known, covariance)
     answers["inverse distance"] = inverse_distance(coords, *known)
@@ -99,28 +94,14 @@ def reconstruct(model, schedule, split, draw=None, n_drawn=0):
     return {method: values.clamp(-1, 1) for method, values in answers.items()}
 
 
-def covered(samples, truth):
-    """Which true values (...) lie in the central 90% of samples (K, ...)? 1.0 or 0.0, (...).
-
-    If the truth is just one more draw from the distribution of the samples, its rank among them is
-    any of 0..K, equally often, and about 90% of the ranks are in the middle: 29 of 33 for K = 32.
-    Fewer hits mean that the samples are too much alike, or in the wrong place; more, that they
-    scatter too much. A sample that equals the truth counts half below and half above it.
-    """
-    below = (samples < truth).float().mean(dim=0)
-    not_above = (samples <= truth).float().mean(dim=0)
-    rank = (below + not_above) / 2                                         # 0 to 1
-    return ((rank >= 0.05) & (rank <= 0.95)).float()
-
-
 # -------------------------------------------------------------- a photograph, window after window
 @torch.no_grad()
-def restore(image, input_mask, answer, side=32, on_step=None):
+def restore(image, input_mask, answer, side=32, on_step=None, wanted=True):
     """Fill the missing pixels of an image of any size by a method for side x side pixels.
 
-    image: (C, H, W) in [-1, 1]. input_mask: bool (H, W), the given pixels. answer(output_coords,
-    input_coords, input_values) -> output values, such as kriging. on_step: see restore_windows.
-    Returns (C, H, W), the given pixels unchanged. Raises ValueError if there are none.
+    image: (C, H, W) in [-1, 1]. input_mask: bool (H, W), the given pixels; ValueError without any.
+    answer: such as nearest. on_step, wanted: see restore_windows. Returns (C, H, W), the given
+    pixels unchanged.
 
     At half the size holes are half as wide, and windows of the same number of pixels see twice as
     far. So the depth of a hole is restored there (and its own depth at a quarter of the size, and
@@ -128,7 +109,7 @@ def restore(image, input_mask, answer, side=32, on_step=None):
     """
     if not input_mask.any():
         raise ValueError("no pixel of the picture is given: there is nothing to restore it from")
-    restored = restore_windows(image, input_mask, answer, side, on_step)
+    restored = restore_windows(image, input_mask, answer, side, on_step, wanted)
     mask = input_mask[None].to(image)                                        # (1, H, W)
     near = F.max_pool2d(mask, 3, stride=1, padding=1)
     depth = 0  # where a given pixel is within 2 pixels, and 1 where none is within 4
@@ -140,15 +121,17 @@ def restore(image, input_mask, answer, side=32, on_step=None):
     half = torch.nn.AvgPool2d(2, ceil_mode=True)
     given = half(mask)
     small = half(image * mask) / given.clamp(min=0.1)  # the mean of the given ones of four pixels
-    small = restore(small, given[0] > 0, answer, side, on_step)
+    wanted = F.max_pool2d(depth, 4, stride=2, padding=1, ceil_mode=True)[0] > 0  # is read below
+    small = restore(small, given[0] > 0, answer, side, on_step, wanted)
     small = F.interpolate(small[None], scale_factor=2, mode="bilinear")[0]
     return torch.lerp(restored, small[:, :image.shape[1], :image.shape[2]], depth)
 
 
 # ================== below: windows, splits, tables, pictures, checkpoints, command line
-def restore_windows(image, input_mask, answer, side, on_step=None):
+def restore_windows(image, input_mask, answer, side, on_step=None, wanted=True):
     """Like restore, at one size. on_step: called with the numbers of windows done and of all.
 
+    wanted: bool (H, W), the missing pixels whose windows are computed; others may be left.
     Windows overlap by one half. Near its edge a window sees one side of a pixel only, so answers
     are averaged with a weight, sin^2, that falls to 0 there. A window inside a hole sees nothing:
     those with fewer than a quarter of the known pixels of the best one wait for a later pass, when
@@ -157,18 +140,17 @@ def restore_windows(image, input_mask, answer, side, on_step=None):
     height, width = input_mask.shape
     rows = window_lines(height, side).to(image.device)                       # (windows, side)
     columns = window_lines(width, side).to(image.device)
-    coords = grid_coords(side, side).to(image)                               # (side * side, 2)
+    coords = grid_coords(side).to(image)                                     # (side * side, 2)
     ramp = torch.sin(math.pi * (torch.arange(side) + 0.5) / side) ** 2
     weight = torch.outer(ramp, ramp).flatten().to(image)                     # (side * side,)
     pixels = image.flatten(1).mT.clone()                                     # (H * W, C)
     known, done = input_mask.clone(), 0
-    while not known.all():
-        counts = known[rows][:, :, columns].sum(dim=(1, 3))
-        windows = done + int((counts < side * side).sum())
-        counts[counts == side * side] = 0  # complete: nothing to do
+    while (missing := wanted & ~known).any():
+        to_do = missing[rows][:, :, columns].any(dim=3).any(dim=1)           # (rows, columns)
+        counts = known[rows][:, :, columns].sum(dim=(1, 3)) * to_do
         ready = (counts >= max(1, counts.max() / 4)).nonzero()               # (N, 2): row, column
-        total = torch.zeros_like(pixels)
-        total_weight = torch.zeros_like(pixels[:, 0])
+        windows = done + int(to_do.sum())
+        total = image.new_zeros(height * width, len(image) + 1)  # the last one: of the weights
         for batch in split_by_counts(ready, counts[*ready.mT]):
             if on_step:
                 on_step(done, windows)
@@ -180,14 +162,13 @@ def restore_windows(image, input_mask, answer, side, on_step=None):
             input_values = pixels[window.gather(1, inputs)]                  # (B, N_in, C)
             outputs = coords.expand(len(window), -1, -1)
             values = answer(outputs, coords[inputs], input_values).clamp(-1, 1)
-            shares = weight * ~given                                         # (B, side * side)
-            values = values * shares[..., None]
+            shares = (weight * ~given)[..., None]                            # (B, side * side, 1)
+            values = torch.cat([values * shares, shares], dim=2)
             # index_add_ instead of +=: windows share pixels, and mirrored ones have some twice
             total.index_add_(0, window.flatten(), values.flatten(0, 1))
-            total_weight.index_add_(0, window.flatten(), shares.flatten())
             done += len(batch)
-        filled = total_weight > 0
-        pixels[filled] = total[filled] / total_weight[filled, None]
+        filled = total[:, -1] > 0
+        pixels[filled] = total[filled, :-1] / total[filled, -1:]
         known |= filled.view_as(known)
     return pixels.mT.view_as(image)
 
@@ -197,7 +178,7 @@ def window_lines(length, side):
 
     k + 1 windows take side + k * side / 2 pixels: the picture is mirrored up to the next such size.
     """
-    extra = side - length if length < side else (side - length) % (side // 2)
+    extra = max(side - length, (side - length) % (side // 2))
     lines = np.pad(np.arange(length), (0, extra), "symmetric")
     return torch.from_numpy(lines).unfold(0, side, side // 2)
 
@@ -243,57 +224,45 @@ class PrecisionField(GaussianField):
         side = math.isqrt(len(self.Q))
         seen = scatter(input_coords, torch.ones_like(y_in[..., :1]), side).flatten(2)
         y = scatter(input_coords, y_in, side).flatten(2)                       # (B, C, P)
-        counts = seen.sum(dim=2)                                               # (B, 1)
-        n_missing = len(self.Q) - int(counts.min())
-        missing = seen.argsort(dim=2)[..., :n_missing]                         # (B, 1, M)
-        # where fewer are missing, seen pixels follow: rows of the identity, with the answer 0
-        absent = 1 - seen.gather(2, missing)
-        Q_mm = self.Q[missing.mT, missing] * absent.mT * absent                # (B, M, M)
-        Q_mm.diagonal(dim1=1, dim2=2).add_(1 - absent[:, 0])
-        right = -(y @ self.Q).take_along_dim(missing, dim=2) * absent          # (B, C, M)
-        y_m = torch.cholesky_solve(right.mT, torch.linalg.cholesky(Q_mm)).mT
-        y = y.scatter_add(2, missing.expand_as(y_m), y_m)
+        for image, given in zip(y, seen[:, 0]):
+            m = (given == 0).nonzero()[:, 0]
+            factor = torch.linalg.cholesky(self.Q[m][:, m])
+            image[:, m] = -torch.cholesky_solve(self.Q[m] @ image.T, factor).T
         weights = y @ self.Q
-        variance = likely_variance((y * weights).sum(dim=2), counts)           # (B, C)
+        variance = likely_variance((y * weights).sum(dim=2), seen.sum(dim=2))  # (B, C)
         # K w is y - D w at the seen pixels; at the missing ones, where w is 0, it is y
         image = (y - self.jitter * weights * seen).unflatten(2, (side, side))
         return image, read_at(image, output_coords), variance[:, None]
 
 
-def grid_coords(height, width):
-    """(x, y) of all pixels, row by row: (height * width, 2) in [0, 1]."""
-    y = torch.linspace(0, 1, height)
-    x = torch.linspace(0, 1, width)
-    return torch.cartesian_prod(y, x).flip(1)
+def grid_coords(side):
+    """(x, y) of all pixels, row by row: (side * side, 2) in [0, 1]."""
+    line = torch.linspace(0, 1, side)
+    return torch.cartesian_prod(line, line).flip(1)
 
 
-def split_images(images, indices, seed=0, input_ratio=0.2, full=False, pixels="grid",
-                 unknown=None):
+def split_images(images, indices, seed=0, input_ratio=0.2, full=False, pixels="grid"):
     """A split of images (B, C, H, W), all missing pixels as outputs; how many to draw and measure.
 
     The mask is a function of seed and an image's index, indices (B,). pixels: "grid" or
     "anywhere", where the input lies. A fifth of the image is measured, or with `full` all outputs.
-    unknown: bool (H * W,), pixels whose value nobody knows: not in the input and not measured.
+    Pixels whose value is nan are neither input nor output, and grey: ValueError for too many.
     """
-    total = images[0, 0].numel()
-    make_split = sparse_split
-    numbers = total
-    if pixels == "anywhere":
-        make_split = off_grid_split
-        numbers += 2 * int(total * input_ratio)  # the coordinates of the input
-    order = fixed_order(seed, indices, numbers).to(images.device)
-    n_unknown = 0
-    if unknown is not None:
-        order[:, :total] += unknown.to(order)  # these come last
-        n_unknown = int(unknown.sum())
-    split = make_split(images, input_ratio, None, order=order)
+    total, anywhere = images[0, 0].numel(), pixels == "anywhere"
+    coordinates = 2 * int(total * input_ratio) if anywhere else 0  # of the input
+    order = fixed_order(seed, indices, total + coordinates).to(images.device)
+    unknown = images[0, 0].isnan().flatten()
+    order[:, :total] += unknown  # these come last
+    make_split = off_grid_split if anywhere else sparse_split
+    split = make_split(images.nan_to_num(), input_ratio, None, order=order)
+    n_unknown = int(unknown.sum())
     n_out = split["output_indices"].shape[1] - n_unknown
-    if not full:
-        n_out = min(n_out, total // 5)
-    if n_unknown and (n_out < 1 or pixels == "anywhere"):
+    if n_unknown and (n_out < 1 or anywhere):
         raise ValueError(f"{n_unknown} of {total} pixels are transparent: --size and --pixels "
                          f"anywhere need a picture with fewer such pixels")
-    return split, n_out
+    for key in ("output_indices", "output_coords", "output_values"):
+        split[key] = split[key][:, :n_out]
+    return split, n_out if full else min(n_out, total // 5)
 
 
 def assemble(split, values=None):
@@ -311,7 +280,7 @@ def assemble(split, values=None):
 
 
 def evaluate_field(model, schedule, images, draw=None, batch=25, **options):
-    """{method: {"mse", "mae", "psnr", "ssim"}} over images uint8 (N, C, H, W), values in [0, 1].
+    """{method: {"mse", "mae", "psnr", "ssim"}} over images (N, C, H, W), values in [0, 1].
 
     MSE and MAE are over the measured pixels, PSNR is that of the mean MSE, SSIM is of whole images
     with the input pixels kept. draw: see reconstruct. options: those of split_images.
@@ -326,21 +295,33 @@ def evaluate_field(model, schedule, images, draw=None, batch=25, **options):
             mse = error.square().mean(dim=(1, 2))                          # (B,)
             mae = error.abs().mean(dim=(1, 2))
             similarity = ssim(assemble(split, values), truth)
-            rows = figures.setdefault(method, [])
-            rows.append(torch.stack([mse, mae, similarity]))               # (3, B)
-    results = {}
-    for method, rows in figures.items():
-        mse, mae, similarity = torch.cat(rows, dim=1).mean(dim=1).tolist()
-        results[method] = dict(mse=mse, mae=mae, psnr=psnr(mse), ssim=similarity)
-    return results
+            part = torch.stack([mse, mae, similarity])                     # (3, B)
+            figures.setdefault(method, []).append(part)
+    for method, parts in figures.items():
+        mse, mae, similarity = torch.cat(parts, dim=1).mean(dim=1).tolist()
+        figures[method] = dict(mse=mse, mae=mae, psnr=psnr(mse), ssim=similarity)
+    return figures
+
+
+def covered(samples, truth):
+    """Which true values (...) lie in the central 90% of samples (K, ...)? 1.0 or 0.0, (...).
+
+    If the truth is just one more draw from the distribution of the samples, its rank among them is
+    any of 0..K, equally often, and about 90% of the ranks are in the middle: 29 of 33 for K = 32.
+    Fewer hits mean that the samples are too much alike, or in the wrong place; more, that they
+    scatter too much. A sample that equals the truth counts half below and half above it.
+    """
+    below = (samples < truth).float().mean(dim=0)
+    not_above = (samples <= truth).float().mean(dim=0)
+    rank = (below + not_above) / 2                                         # 0 to 1
+    return ((rank >= 0.05) & (rank <= 0.95)).float()
 
 
 def evaluate_samples(model, schedule, images, draw, count, **options):
-    """What `count` samples of each image, uint8 (N, C, H, W), say about it.
+    """What `count` samples of each image say about it: (figures, rows for image_grid).
 
-    Returns (figures, rows for image_grid). Figures, values in [0, 1]: coverage, the mean of
-    `covered`; spread, the mean standard deviation; psnr_mean, the PSNR of the samples' mean.
-    A row for each image: two samples, mean, truth, standard deviation, error of mean.
+    Figures, values in [0, 1]: coverage, the mean of `covered`; spread, the mean standard deviation;
+    psnr_mean, the PSNR of the samples' mean.
     """
     total, rows = 0, []
     for i, image in enumerate(images):
@@ -349,17 +330,14 @@ def evaluate_samples(model, schedule, images, draw, count, **options):
         values = reconstruct(model, schedule, split, draw, n_out)["sample"]
         samples = assemble(split, values)
         truth = to_unit(split["full_image"][0])
-        mean = samples.mean(dim=0)
-        std = samples.std(dim=0)
+        mean, std = samples.mean(dim=0), samples.std(dim=0)
         error = mean - truth
         rows.append([*samples[:2], mean, truth, heat(std, 0.25), heat(error, 0.25)])
         figures = torch.stack([covered(samples, truth), std, error.square()])
-        figures = figures.flatten(2)                                       # (3, C, H * W)
         measured = split["output_indices"][0, :n_out]
-        total += figures[:, :, measured].mean(dim=(1, 2))
+        total += figures.flatten(2)[:, :, measured].mean(dim=(1, 2))
     coverage, spread, mse = (total / len(images)).tolist()
-    figures = dict(coverage=coverage, spread=spread, psnr_mean=psnr(mse))
-    return figures, rows
+    return dict(coverage=coverage, spread=spread, psnr_mean=psnr(mse)), rows
 
 
 # -------------------------------------------------------------------------------------- pictures
@@ -372,8 +350,7 @@ def draw_field(split, answers):
     for given, truth, *images in zip(assemble(split), truths, *columns):
         rows.append([given, *images, truth, heat(images[1] - truth)])
         mses = [(image - truth).square().mean().item() for image in images]
-        decibels = [f"{psnr(mse):.1f} dB" for mse in mses]
-        captions.append(["", *decibels, "", "white: 0.5"])
+        captions.append(["", *(f"{psnr(mse):.1f} dB" for mse in mses), "", "white: 0.5"])
     labels = ["input pixels", *methods, "truth", "error of mean"]
     return image_grid(rows, labels, captions=captions)
 
@@ -381,20 +358,17 @@ def draw_field(split, answers):
 def draw_fine(model, schedule, split, scale):
     """The field on a grid `scale` times as fine, between the input and the truth."""
     truth = split["full_image"]
-    size = scale * truth.shape[2], scale * truth.shape[3]
-    coords = grid_coords(*size).to(truth).expand(len(truth), -1, -1)
+    side = scale * truth.shape[3]
+    coords = grid_coords(side).to(truth).expand(len(truth), -1, -1)
     fine = one_step_mean(model, schedule, coords, split["input_coords"], split["input_values"])
-    fine = to_unit(fine.mT.unflatten(2, size))
-    columns = [assemble(split), fine, to_unit(truth)]
+    fine = fine.mT.unflatten(2, (side, side))
+    rows = zip(assemble(split), to_unit(fine), to_unit(truth))
     labels = ["input pixels", f"model x{scale}", "truth"]
-    return image_grid(list(zip(*columns)), labels, zoom=scale * max(1, 6 // scale))
+    return image_grid(list(rows), labels, zoom=scale * max(1, 6 // scale))
 
 
 def animate(split, frames, path):
-    """A GIF of three images: x_t above, the prediction x_0_hat below, at most 50 of the steps.
-
-    frames: (t, x_t, x_0_hat) of each step. The last one stays for a while.
-    """
+    """A GIF of three images at up to 50 of the steps, frames: (t, x_t, x_0_hat) of each."""
     step = max(1, len(frames) // 25)
     pictures = []
     for t, x_t, x_0_hat in frames[::step] + frames[-1:] * 10:
@@ -406,20 +380,12 @@ def animate(split, frames, path):
 
 
 # --------------------------------------------------------------------------------------- reports
-def report_field(model, schedule, images, folder, name, seed=0, input_ratio=0.2, num_steps=50,
-                 eta=0.0, sampler="ddim", samples=None, full=False, scale=1, gif=False,
-                 pixels="grid", unknown=None):
-    """Print the table of evaluate_field, draw the pictures, return {method: figures}.
-
-    images: uint8 (N, C, H, W), called `name`. samples: how many for evaluate_samples, if any.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    options = dict(seed=seed, input_ratio=input_ratio, full=full, pixels=pixels, unknown=unknown)
-
-    def draw(*where, on_step=None):
-        if sampler == "ddpm":
-            return ddpm_sample(model, schedule, *where, generator, on_step)
-        return ddim_sample(model, schedule, *where, num_steps, eta, generator, on_step)
+def report_field(model, schedule, images, folder, name, sampler=ddim_sample, seed=0, samples=None,
+                 scale=1, gif=False, **options):
+    """Print the table of evaluate_field for the images `name`, draw pictures, return {method:
+    figures}. samples: how many for evaluate_samples. options: those of split_images."""
+    options["seed"] = seed
+    draw = partial(sampler, model, schedule, generator=torch.Generator().manual_seed(seed))
 
     def draw_and_record(*where):
         return draw(*where, on_step=lambda *step: frames.append(step))
@@ -452,26 +418,19 @@ def report_field(model, schedule, images, folder, name, seed=0, input_ratio=0.2,
 
 
 def report_picture(model, schedule, path, folder, mask=None, input_ratio=0.2, seed=0):
-    """Restore a picture, write NAME-restored.png and NAME-comparison.png to the folder.
+    """Restore a picture by the one-step mean; write NAME-restored.png and NAME-comparison.png.
 
-    Arguments are those of load_picture, NAME is that of the file at `path`. The result is the
-    one-step mean. Where the truth is known, nearest and kriging are compared with it: returns
-    {method: {"psnr"}}, in dB over the missing pixels, otherwise {}. Raises as load_picture does.
+    Arguments and errors are those of load_picture. Where the truth is known, nearest and kriging
+    are compared with it: returns {method: {"psnr"}}, in dB over the missing pixels, otherwise {}.
     """
-    def mean(*where):
-        return one_step_mean(model, schedule, *where)
-
-    def krige(*where):
-        return kriging(*where, covariance)
-
-    covariance = exponential_covariance(model.side)
-    device = schedule.betas.device
     image, input_mask, has_truth, info = load_picture(path, len(model.colours), mask, input_ratio,
                                                       seed)
-    image, input_mask = image.to(device), input_mask.to(device)
+    stem, info["pnginfo"] = name_results(folder, path)
+    image, input_mask = image.to(schedule.betas.device), input_mask.to(schedule.betas.device)
     given = to_signed(image) * input_mask
-    methods = {"one-step mean": mean}
+    methods = {"one-step mean": partial(one_step_mean, model, schedule)}
     if has_truth:
+        krige = partial(kriging, covariance=exponential_covariance(model.side))
         methods = {"nearest": nearest, "kriging": krige, **methods}
     if isinstance(model.prior, GaussianField):
         model.prior = PrecisionField(model.prior.covariance)
@@ -482,8 +441,9 @@ def report_picture(model, schedule, path, folder, mask=None, input_ratio=0.2, se
         restored = restore(given, input_mask, answer, model.side, show_progress(name))
         if has_truth:
             error = (restored - to_signed(image))[:, ~input_mask] / 2
-            results[name] = dict(psnr=psnr(error.square().mean().item()))
-            name = f"{name:14}{results[name]['psnr']:6.2f} dB"
+            decibels = psnr(error.square().mean().item())
+            results[name] = dict(psnr=decibels)
+            name = f"{name:14}{decibels:6.2f} dB"
             print(name, flush=True)
         columns[name] = reduced(to_unit(restored))
     if has_truth:
@@ -493,12 +453,26 @@ def report_picture(model, schedule, path, folder, mask=None, input_ratio=0.2, se
         picture = picture.convert("L")  # grey stays grey
     zoom = max(1, 256 // max(input_mask.shape))
     comparison = image_grid([list(columns.values())], list(columns), zoom=zoom)
-    pictures = {f"{path.stem}-restored.png": picture, f"{path.stem}-comparison.png": comparison}
+    pictures = {f"{stem}-restored.png": picture, f"{stem}-comparison.png": comparison}
     save_pictures(folder, pictures, **info)
-    missing = (~input_mask).float().mean().item()
-    print(f"{(~input_mask).sum():,} of {input_mask.numel():,} pixels ({missing:.1%}) were "
+    missing = ~input_mask
+    print(f"{missing.sum():,} of {missing.numel():,} pixels ({missing.float().mean():.1%}) were "
           f"{'hidden' if has_truth else 'missing'} and are restored; the others are unchanged")
     return results
+
+
+def name_results(folder, path):
+    """What the results of the picture at `path` are called, and the PNG text that says whose they
+    are: the name without extension, or more where the results of another file have that name."""
+    source = f"{zlib.crc32(bytes(path.resolve())):08x}"
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Source", source)
+    result = folder / f"{path.stem}-restored.png"
+    if result.exists():
+        with Image.open(result) as old:
+            if old.info.get("Source") != source:
+                return f"{path.stem}-{source}", text
+    return path.stem, text
 
 
 def show_progress(method):
@@ -510,7 +484,7 @@ def show_progress(method):
             times.clear()
         times.append(time.time())
         left = (times[-1] - times[0]) / max(done, 1) * (total - done)
-        if len(times) == 5 and left > 60:  # the first batches tell how long it will take
+        if len(times) == 5 and left > 90:  # the first batches tell how long it will take
             print(f"{method}: {total:,} windows, about {left / 60:.0f} minutes", flush=True)
         if sys.stdout.isatty():
             line = f"{method}: {done:,} of {total:,} windows, {left:.0f} s left"
@@ -526,48 +500,50 @@ KEYS = ("kind", "config", "settings", "schedule", "data", "step")  # beside "mod
 def load_checkpoint(path, device="cpu"):
     """A checkpoint of train.py, loaded without running code in it: (model, the whole dict).
 
-    Raises ValueError for a file that is no such checkpoint or damaged, OSError if it cannot be
-    read.
+    Raises ValueError for a file that cannot be read, is no such checkpoint, or damaged.
     """
-    with open(path, "rb") as file:
-        try:
-            damaged = zipfile.ZipFile(file).testzip()  # torch.load does not look at checksums
-            if damaged is not None:
-                raise ValueError(f"{damaged} is damaged")
-            file.seek(0)
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-            kind, config, *_ = (checkpoint[key] for key in KEYS)
-            DiffusionSchedule(**checkpoint["schedule"])  # refuses unknown schedules here
-            weights = {name: value.float() for name, value in checkpoint["model"].items()}
-            if kind == "nf":
-                model = NFDenoiser(weights["alphas_cumprod"], **config)
-            elif kind in ("dae", "ae"):
-                model = DenoisingAutoencoder(**config)
-            else:
-                raise ValueError("it holds another kind of model")
-            model.load_state_dict(weights)
-        except Exception as problem:  # a foreign or damaged file can fail in any way
-            reason = f"{type(problem).__name__}: {str(problem).strip()}".split("\n")[0][:150]
-            raise ValueError(f"{path} is not a checkpoint of this version of train.py "
-                             f"({reason})") from None
+    try:
+        damaged = zipfile.ZipFile(path).testzip()  # torch.load does not look at checksums
+        if damaged is not None:
+            raise ValueError(f"{damaged} is damaged")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        kind, config, *_ = (checkpoint[key] for key in KEYS)
+        DiffusionSchedule(**checkpoint["schedule"])  # refuses unknown schedules here
+        weights = {name: value.float() for name, value in checkpoint["model"].items()}
+        if kind == "nf":
+            model = NFDenoiser(weights["alphas_cumprod"], **config)
+        elif kind in ("dae", "ae"):
+            model = DenoisingAutoencoder(**config)
+        else:
+            raise ValueError("it holds another kind of model")
+        model.load_state_dict(weights)
+    except Exception as problem:  # a foreign or damaged file can fail in any way
+        reason = f"{type(problem).__name__}: {str(problem).strip()}".split("\n")[0][:150]
+        raise ValueError(f"{path} is not a checkpoint of this version of train.py "
+                         f"({reason})") from None
     return model.to(device).eval(), checkpoint
 
 
 def save_checkpoint(path, checkpoint, set_aside=None):
-    """Write a temporary file, then rename it: a kill in between leaves the old file intact.
+    """Write a checkpoint, so that a kill or a full disk leaves the old file as it is.
 
-    set_aside: a path that the old file gets, if it is to be kept. Raises OSError if the disk
-    is full; torch.save alone would raise a RuntimeError.
+    set_aside: a path for a copy of the old file, if it is to be kept.
     """
-    buffer, temporary = io.BytesIO(), path.with_name(path.name + ".part")
+    buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
-    try:
-        temporary.write_bytes(buffer.getbuffer())
-        if set_aside:
-            path.replace(set_aside)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    if set_aside:
+        write_whole(set_aside, path.read_bytes())
+    write_whole(path, buffer.getbuffer())
+
+
+def check_place(path):
+    """Raises ValueError or OSError, naming it, if a file cannot be written to this path."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: rename it, or choose another place")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")  # as in write_whole
+    temporary.touch()
+    temporary.unlink()
 
 
 def export(model, checkpoint, path):
@@ -593,7 +569,6 @@ def pick_device(name):
 def write_json(path, checkpoint, data, methods, **more):
     """Write figures, {method: figures}, and where they come from."""
     figures = dict(checkpoint=str(checkpoint), data=str(data), **more, methods=methods)
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(figures, indent=1) + "\n")
     print(f"figures: {path}")
 
@@ -642,10 +617,8 @@ def parse_arguments(argv):
     args = parser.parse_args(argv)
     if args.sampler == "ddpm" and (args.steps or args.eta):
         parser.error("--steps and --eta are for DDIM; DDPM takes all timesteps")
-    if (args.mask or args.size) and not args.image:
-        parser.error("--mask and --size are for --image")
-    if args.size and args.mask:
-        parser.error("--size takes a complete picture: no --mask")
+    if args.mask and args.size or (args.mask or args.size) and not args.image:
+        parser.error("--mask or --size are for --image; --size takes a complete picture")
     if args.image and (args.evaluate or args.data):
         parser.error("--evaluate and --data are for test images, not for --image")
     args.sampling = any([args.sampler, args.steps, args.eta, args.samples, args.full, args.gif,
@@ -655,36 +628,35 @@ def parse_arguments(argv):
     return args
 
 
-def report_test_images(model, schedule, checkpoint, args):
-    """Measure on test images, or on the middle square of --image: (name, images, figures)."""
-    config, settings = checkpoint["config"], checkpoint["settings"]
-    channels, side = config.get("channels", 1), config.get("side", 28)
-    name, folder, unknown = args.image, args.out / checkpoint["kind"], None
+def load_images(checkpoint, args):
+    """Test images, or the middle square of --image: (name, images (N, C, H, W))."""
+    config = {"channels": 1, "side": 28} | checkpoint["config"]
+    channels, side = config["channels"], config["side"]
+    name = args.image
     if name:
         picture = open_picture(name)
-        images = square_picture(picture, channels, args.size)[None]
+        images = to_signed(square_picture(picture, channels, args.size))[None]
         alpha = picture.getchannel("A").convert("RGBA")
-        unknown = square_picture(alpha, 1, args.size).flatten() < 128
+        images.masked_fill_(square_picture(alpha, 1, args.size) < 128, math.nan)
     else:
         shipped = args.checkpoint.resolve() == SHIPPED  # it must work without a network
-        wanted = args.data or ("auto" if shipped else checkpoint["data"])
-        if not args.data and os.path.isabs(wanted) and not os.path.isdir(wanted):
-            raise ValueError(f"{args.checkpoint} was trained on pictures in {wanted}, which is not "
+        name = args.data or ("auto" if shipped else checkpoint["data"])
+        own_folder = not args.data and os.path.isabs(name)
+        if own_folder and not os.path.isdir(name):
+            raise ValueError(f"{args.checkpoint} was trained on pictures in {name}, which is not "
                              f"there now: add --data and the folder that has them")
-        real = "cifar10" if channels == 3 else "mnist"
-        name, images, _ = load_dataset(wanted, args.data_dir, train=False, real=real)
+        load = partial(load_dataset, real="cifar10" if channels == 3 else "mnist")
+        name, images, _ = load(name, args.data_dir, train=False)
+        if own_folder:
+            _, others, _ = load(name, args.data_dir, train=True)
+            checksum = zlib.crc32(images.numpy(), zlib.crc32(others.numpy()))  # as in train.py
+            if not checkpoint["settings"]["images"].endswith(f"{checksum:08x}"):
+                print(f"notice: {name} has other pictures than in training: some of the test "
+                      f"images may have been trained on")
     if images.shape[1:] != (channels, side, side):
         raise ValueError(f"{args.checkpoint} takes images of {channels} x {side} x {side}, and "
                          f"those of {name} are {tuple(images.shape[1:])}")
-    if checkpoint["kind"] != "nf":
-        images = images[:args.evaluate].to(args.device)
-        return name, images, report_autoencoder(model, images, folder, settings["noise"])
-    images = images[:args.evaluate or 6].to(args.device)
-    pixels = args.pixels or settings.get("pixels", "grid")
-    figures = report_field(model, schedule, images, folder, name, args.seed, args.input_ratio,
-                           args.steps or 50, args.eta, args.sampler, args.samples, args.full,
-                           args.scale, args.gif, pixels, unknown)
-    return name, images, figures
+    return name, images.to(args.device)
 
 
 def main(argv=None):
@@ -697,27 +669,41 @@ def main(argv=None):
         args.checkpoint = max(trained, key=os.path.getmtime, default=SHIPPED)
     if args.checkpoint == SHIPPED and not SHIPPED.exists():
         raise ValueError(f"no checkpoint below {args.out}: train one with python train.py")
+    for path in filter(None, (args.json, args.export)):
+        check_place(path)
+        if path.exists() and path.samefile(args.checkpoint):
+            raise ValueError(f"{path} is the checkpoint itself: choose another name")
     model, checkpoint = load_checkpoint(args.checkpoint, args.device)
-    kind = checkpoint["kind"]
+    kind, settings = checkpoint["kind"], checkpoint["settings"]
     print(f"{args.checkpoint}: {kind}, {checkpoint['step']:,} steps on {checkpoint['data']}")
     if args.export:
-        if args.export.exists() and args.export.samefile(args.checkpoint):
-            raise ValueError(f"--export {args.export} is the checkpoint itself, which could not be "
-                             f"resumed any more: choose another name")
         return export(model, checkpoint, args.export)
-    other_ratio = args.input_ratio != 0.2
-    if kind != "nf" and (args.image or args.sampling or args.seed or other_ratio):
+    for_field = args.sampling or args.image or args.seed or args.input_ratio != 0.2
+    if kind != "nf" and for_field:
         raise ValueError(f"{args.checkpoint} is an autoencoder, and these flags are for a neural "
                          f"field: give the path of its checkpoint")
     schedule = DiffusionSchedule(**checkpoint["schedule"]).to(args.device)
+    folder, count = args.out / kind, 1
     if args.image and not args.size:
-        name, images = args.image, [args.image]
-        figures = report_picture(model, schedule, args.image, args.out / kind, args.mask,
-                                 args.input_ratio, args.seed)
+        name = args.image
+        figures = report_picture(model, schedule, name, folder, args.mask, args.input_ratio,
+                                 args.seed)
     else:
-        name, images, figures = report_test_images(model, schedule, checkpoint, args)
+        name, images = load_images(checkpoint, args)
+        images = images[:args.evaluate or (6 if kind == "nf" else None)]
+        count = len(images)
+        if kind == "nf":
+            sampler = ddpm_sample
+            if args.sampler != "ddpm":
+                sampler = partial(ddim_sample, num_steps=args.steps or 50, eta=args.eta)
+            figures = report_field(
+                model, schedule, images, folder, name, sampler, args.seed, args.samples,
+                args.scale, args.gif, input_ratio=args.input_ratio, full=args.full,
+                pixels=args.pixels or settings.get("pixels", "grid"))
+        else:
+            figures = report_autoencoder(model, images, folder, settings["noise"])
     if args.json:
-        write_json(args.json, args.checkpoint, name, figures, images=len(images), seed=args.seed)
+        write_json(args.json, args.checkpoint, name, figures, images=count, seed=args.seed)
     print(f"{time.time() - start:.0f} s on {args.device}")
 
 

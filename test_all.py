@@ -1971,6 +1971,12 @@ def test_samplers_of_the_field_start_from_noise_at_the_output_pixels():
         assert torch.equal(got, expected)
 
 
+def leaves(count, side=32):
+    """The upper left corners of a few images: uint8 (count, 3, side, side)."""
+    images = torch.from_numpy(tiny_images()[0][:count])
+    return images.view(-1, 3, 32, 32)[:, :, :side, :side].clone()
+
+
 def test_nearest_and_inverse_distance_by_hand():
     coords = torch.rand(1, 30, 2)
     values = torch.rand(1, 30, 3)
@@ -1983,14 +1989,9 @@ def test_nearest_and_inverse_distance_by_hand():
     close(sample.inverse_distance(out, coords, values), expected, 1e-3)
 
 
-def drawing(model, sched, seed=0, **options):
-    """draw(output_coords, input_coords, input_values, on_step=None) by DDIM."""
-    generator = seeded(seed)
-
-    def draw(*where, on_step=None):
-        return nf_denoiser.ddim_sample(model, sched, *where, generator=generator, on_step=on_step,
-                                       **options)
-    return draw
+def drawing(model, sched, seed=0, sampler=nf_denoiser.ddim_sample, **options):
+    """draw(output_coords, input_coords, input_values, on_step=None)."""
+    return functools.partial(sampler, model, sched, generator=seeded(seed), **options)
 
 
 # Stand-ins for a model and a sampler, whose answers are partly out of [-1, 1]
@@ -2006,7 +2007,7 @@ def shepard_draw(*where):
 
 def test_what_each_method_answers():
     """The rest of a sample is the mean, given the input and the pixels that were drawn."""
-    split, _ = sample.split_images(data.make_leaves(2, 7)[0], torch.arange(2))
+    split, _ = sample.split_images(leaves(2), torch.arange(2))
     out, *known = where(split)
     sched = schedule.DiffusionSchedule(20)
     K = nf_denoiser.exponential_covariance(32)
@@ -2029,8 +2030,8 @@ def test_what_each_method_answers():
 
 
 def test_every_row_of_the_table_worked_out_again():
-    """Of 204 pixels of an image or, with full, of all that are missing."""
-    images = data.make_leaves(5, 7)[0]
+    """Of 51 pixels of an image or, with full, of all that are missing."""
+    images = leaves(5, 16)
     sched = schedule.DiffusionSchedule(20)
     for options in (dict(seed=3), dict(full=True), dict(pixels="anywhere", input_ratio=0.3)):
         table = sample.evaluate_field(
@@ -2051,24 +2052,25 @@ def test_every_row_of_the_table_worked_out_again():
 
 
 def test_a_split_of_images_has_the_input_where_it_is_wanted():
-    images = data.make_leaves(3, 7)[0]
+    images = leaves(3)
     indices = torch.tensor([7, 0, 2])
-    for ratio, full, n_out in ((0.2, False, 204), (0.9, False, 103), (0.05, True, 973)):
-        split, count = sample.split_images(images, indices, 5, ratio, full)
-        order = data.fixed_order(5, indices, 1024)
-        expected = data.sparse_split(images, ratio, None, order=order)
-        equal(split, expected)
-        assert count == n_out
-    for full, n_out in ((False, 204), (True, 1024)):
-        split, count = sample.split_images(images, indices, 5, 0.05, full, "anywhere")
-        order = data.fixed_order(5, indices, 1024 + 2 * 51)
-        expected = data.off_grid_split(images, 0.05, None, order=order)
-        equal(split, expected)
+    for ratio, full, pixels, n_out in (
+            (0.2, False, "grid", 204),
+            (0.9, False, "grid", 103),
+            (0.05, True, "grid", 973),
+            (0.05, False, "anywhere", 204),
+            (0.05, True, "anywhere", 1024)):
+        split, count = sample.split_images(images, indices, 5, ratio, full, pixels)
+        numbers, make_split = 1024, data.sparse_split
+        if pixels == "anywhere":
+            numbers, make_split = 1024 + 2 * 51, data.off_grid_split
+        order = data.fixed_order(5, indices, numbers)
+        equal(split, make_split(images, ratio, None, order=order))
         assert count == n_out
 
 
 def test_the_whole_image_keeps_its_input_pixels():
-    images = data.make_leaves(3, 7)[0]
+    images = leaves(3)
     split, _ = sample.split_images(images, torch.arange(3))
     values = torch.full((3, 100, 3), 0.5)
     for count, whole in (
@@ -2096,15 +2098,14 @@ def test_covered_counts_the_middle_ranks():
 
 
 def test_the_figures_of_samples_are_those_of_the_measured_pixels():
-    images = data.make_leaves(2, 7)[0]
     sched = schedule.DiffusionSchedule(20)
     options = dict(seed=3, input_ratio=0.5)
-    values = torch.rand(2, 4, 204, 3) * 2 - 1  # four samples of either image
+    values = torch.rand(2, 4, 51, 3) * 2 - 1  # four samples of either image
     given = iter(values)
     figures, rows = sample.evaluate_samples(
-        shepard_model, sched, images, lambda *_: next(given), 4, **options)
-    split, _ = sample.split_images(images, torch.arange(2), **options)
-    truth = split["output_values"][:, :204]
+        shepard_model, sched, leaves(2, 16), lambda *_: next(given), 4, **options)
+    split, _ = sample.split_images(leaves(2, 16), torch.arange(2), **options)
+    truth = split["output_values"][:, :51]
     below = (values < truth[:, None]).sum(1)
     covered = (below > 0) & (below < 4)
     spread = values.std(1) / 2
@@ -3040,9 +3041,15 @@ def save_field(path="m.pt", seed=0, channels=3, side=32, data_name="cifar10", **
 
 @contextlib.contextmanager
 def a_field_and_test_images(**settings):
-    """In a new folder with tiny data sets and the checkpoint m.pt: (model, schedule, images)."""
-    with tiny_sets():
-        yield *save_field(**settings), data.load_cifar10("data", False)[0]
+    """In a new folder with the checkpoint m.pt, of images of 16 x 16: (model, schedule, images).
+
+    They are the test images of "leaves". No other set can be loaded.
+    """
+    def make(count, seed):
+        return leaves(count, 16), None
+
+    with folder(), patched(data, CIFAR10_URLS=[], BUILT_IN={"leaves": (make, 4, 8)}):
+        yield *save_field(side=16, data_name="leaves", **settings), leaves(8, 16)
 
 
 def figures_of(flags):
@@ -3051,42 +3058,45 @@ def figures_of(flags):
     return json.loads(Path("f.json").read_text())["methods"], out
 
 
+@contextlib.contextmanager
+def without_measuring():
+    """sample.py reports nothing; a list gets the (images, folder, name) that it would report."""
+    reports = []
+
+    def note(model, schedule, *what, **options):
+        reports.append(what[:3])
+        return {}
+
+    with patched(sample, report_field=note, report_picture=note):
+        yield reports
+
+
 def test_each_flag_changes_the_table_as_it_says():
-    with a_field_and_test_images() as (model, sched, images):
-        for flags, steps, eta, options in (
-                ("--steps 3", 3, 0, {}), ("--steps 4", 4, 0, {}),
-                ("--steps 3 --sampler ddim", 3, 0, {}), ("--steps 3 --eta 0.5", 3, 0.5, {}),
-                ("--steps 3 --seed 4", 3, 0, dict(seed=4)),
-                ("--steps 3 --input-ratio 0.5", 3, 0, dict(input_ratio=0.5)),
-                ("--steps 3 --full", 3, 0, dict(full=True)),
-                ("--steps 3 --pixels grid", 3, 0, dict(pixels="grid")),
-                ("--steps 3 --pixels anywhere", 3, 0, dict(pixels="anywhere"))):
+    three = dict(num_steps=3)
+    with a_field_and_test_images() as (*field, images):
+        for flags, sampling, options in (
+                ("--steps 3", three, {}),
+                ("--steps 4 --sampler ddim", dict(num_steps=4), {}),
+                ("--steps 3 --eta 0.5", dict(num_steps=3, eta=0.5), {}),
+                ("--sampler ddpm", dict(sampler=nf_denoiser.ddpm_sample), {}),
+                ("--steps 3 --seed 4", three, dict(seed=4)),
+                ("--steps 3 --input-ratio 0.5", three, dict(input_ratio=0.5)),
+                ("--steps 3 --full", three, dict(full=True)),
+                ("--steps 3 --pixels anywhere", three, dict(pixels="anywhere"))):
             got, out = figures_of(flags)
-            draw = drawing(model, sched, options.get("seed", 0), num_steps=steps, eta=eta)
-            expected = sample.evaluate_field(model, sched, images[:2], draw, **options)
-            equal(got, expected, 1e-5)
-            for method, row in expected.items():  # the table says the same
-                figures = (f"{row['mse']:.5f}", f"{row['mae']:.5f}", f"{row['psnr']:.2f}",
-                           f"{row['ssim']:.4f}")
-                assert re.search(f"{method} +{' +'.join(figures)}\n", out), (flags, out)
-            n_in = 512 if "ratio" in flags else 204
-            n_out = 820 if "full" in flags else 204
-            title = (f"cifar10: 2 images, {n_in} pixels given, {n_out} measured, sample in {steps} "
-                     f"steps, mask seed {options.get('seed', 0)}\n")
+            seed = options.get("seed", 0)
+            draw = drawing(*field, seed, **sampling)
+            equal(got, sample.evaluate_field(*field, images[:2], draw, **options), 1e-5)
+            for method, row in got.items():  # the table says the same
+                line = (f"{method} +{row['mse']:.5f} +{row['mae']:.5f} +{row['psnr']:.2f} +"
+                        f"{row['ssim']:.4f}\n")
+                assert re.search(line, out), (flags, out)
+            n_in = int(256 * options.get("input_ratio", 0.2))
+            n_out = 205 if "full" in options else 51
+            title = (f"leaves: 2 images, {n_in} pixels given, {n_out} measured, sample in "
+                     f"{sampling.get('num_steps', 20)} steps, mask seed {seed}\n")
             assert title in out, out
-
-
-def test_ddpm_takes_all_timesteps_and_fifty_ddim_steps_are_the_default():
-    with a_field_and_test_images() as (model, sched, images):
-        got, out = figures_of("--sampler ddpm")
-        g = seeded()
-        draw = lambda *where: nf_denoiser.ddpm_sample(model, sched, *where, generator=g)
-        equal(got, sample.evaluate_field(model, sched, images[:2], draw), 1e-5)
-        assert "sample in 20 steps" in out
-        refused(sample, "m.pt", "1 to 20, got 50")
-    with tiny_sets(), spied(sample, "ddim_sample") as calls:
-        works(sample, f"{sample.SHIPPED} --data cifar10 --evaluate 1")
-        assert {given[5] for given, _ in calls} == {50}
+        refused(sample, "m.pt", "1 to 20, got 50")  # the default of --steps
 
 
 def test_a_model_trained_off_the_grid_is_measured_off_the_grid():
@@ -3097,193 +3107,173 @@ def test_a_model_trained_off_the_grid_is_measured_off_the_grid():
 
 
 def test_how_many_images_are_measured():
-    with a_field_and_test_images():
-        for flags, count in (("", 6), ("--evaluate 5", 5), ("--evaluate", 32)):
-            out = works(sample, f"m.pt --steps 1 --json there/f.json {flags}")
-            got = json.loads(Path("there/f.json").read_text())
-            assert got["images"] == count and f"cifar10: {count} images" in out
-        assert got["checkpoint"] == "m.pt" and got["data"] == "cifar10" and got["seed"] == 0
-        assert "m.pt: nf, 7 steps on cifar10" in out and "s on cpu" in out
+    with a_field_and_test_images(), without_measuring() as reports:
+        for flags, count in (("", 6), ("--evaluate 5", 5), ("--evaluate", 8)):
+            out = works(sample, f"m.pt --json there/f.json {flags}")
+            assert len(reports.pop()[0]) == count
+            expected = dict(checkpoint="m.pt", data="leaves", images=count, seed=0, methods={})
+            assert json.loads(Path("there/f.json").read_text()) == expected
+        assert out.startswith("m.pt: nf, 7 steps on leaves\n") and "s on cpu" in out
+
+
+@functools.cache
+def pictures():
+    """What one run of sample.py draws, from what, and what it prints."""
+    with a_field_and_test_images() as (*field, images), spied(sample, "image_grid") as drawn:
+        figures, out = figures_of("--steps 4 --eta 1 --samples 2 --scale 3 --gif --evaluate 7")
+        for name, (given, options) in zip(("samples", "spread", "scale"), drawn):
+            expected = data.image_grid(*given, **options)
+            assert np.array_equal(pixels_of(f"out/nf/{name}.png"), pixels_of(expected))
+        gif = Path("out/nf/denoising.gif").read_bytes()
+    return drawn, field, images / 255, figures["samples"], out, gif
+
+
+def columns(rows, labels, *expected):
+    """The columns of a picture, which must be as expected: pairs (label, images)."""
+    assert labels == [label for label, _ in expected]
+    for (label, images), column in zip(expected, zip(*rows)):
+        close(torch.stack(column), images, 1e-4)
 
 
 def test_the_pictures_are_about_the_first_six_images():
-    with a_field_and_test_images() as (model, sched, images), spied(sample, "image_grid") as drawn:
-        works(sample, "m.pt --steps 2 --evaluate 8 --out there")
-        ((rows, labels), options), = drawn
-        expected = data.image_grid(rows, labels, **options)
-        assert np.array_equal(pixels_of("there/nf/samples.png"), pixels_of(expected))
-        split, _ = sample.split_images(images[:6], torch.arange(6))
-        draw = drawing(model, sched, num_steps=2)
-        sample.evaluate_field(model, sched, images[:8], draw)  # takes its noise first
-        answers = sample.reconstruct(model, sched, split, draw, 204)
-    columns = [torch.stack(column) for column in zip(*rows)]
-    given, krige, mean, drawn, truth, error = columns
-    assert labels == ["input pixels", "kriging", "one-step mean", "sample", "truth",
-                      "error of mean"]
-    close(given, sample.assemble(split), 0)
-    close(truth, images[:6] / 255, 1e-6)
-    for shown, method in zip((krige, mean, drawn), labels[1:4]):
-        close(shown, sample.assemble(split, answers[method]), 1e-5)
-    for i in range(6):
-        close(error[i], data.heat(mean[i] - truth[i]), 1e-5)
-        mses = [(shown[i] - truth[i]).square().mean().item() for shown in (krige, mean, drawn)]
+    (((rows, labels), options), *_), field, images, *_ = pictures()
+    images = images[:6]
+    split, n_out = sample.split_images(leaves(6, 16), torch.arange(6))
+    draw = drawing(*field, num_steps=4, eta=1)
+    sample.evaluate_field(*field, leaves(7, 16), draw)  # takes its noise first
+    answers = sample.reconstruct(*field, split, draw, n_out)
+    shown = {method: sample.assemble(split, answers[method])
+             for method in ("kriging", "one-step mean", "sample")}
+    errors = [data.heat(error) for error in shown["one-step mean"] - images]
+    columns(rows, labels, ("input pixels", sample.assemble(split)), *shown.items(),
+            ("truth", images), ("error of mean", torch.stack(errors)))
+    for i, caption in enumerate(options["captions"]):
+        mses = [(answer[i] - images[i]).square().mean().item() for answer in shown.values()]
         decibels = [f"{-10 * math.log10(mse):.1f} dB" for mse in mses]
-        assert options["captions"][i] == ["", *decibels, "", "white: 0.5"]
+        assert caption == ["", *decibels, "", "white: 0.5"]
 
 
 def test_the_picture_of_several_samples():
-    with a_field_and_test_images(), spied(sample, "image_grid") as drawn:
-        got, out = figures_of("--steps 2 --eta 1 --samples 2 --evaluate 5 --input-ratio 0.1")
-        _, ((rows, labels), options) = drawn
-        figures = got["samples"]
-        assert f"2 samples per image: {figures['coverage']:.1%} of" in out
-        assert f"deviation {figures['spread']:.4f}, PSNR of their mean " \
-            f"{figures['psnr_mean']:.2f} dB" in out
-        expected = data.image_grid(rows, labels, **options)
-        assert np.array_equal(pixels_of("out/nf/spread.png"), pixels_of(expected))
-        images = data.load_cifar10("data", False)[0]
-    assert labels == ["sample 1", "sample 2", "mean", "truth", "std. deviation", "error of mean"]
-    assert len(rows) == 4
-    for i, (one, two, mean, truth, std, error) in enumerate(rows):
-        close(truth, images[i] / 255, 1e-6)
-        close(mean, (one + two) / 2, 1e-5)
-        close(std, data.heat((one - two) / 2**0.5, 0.25), 1e-4)
-        close(error, data.heat(mean - truth, 0.25), 1e-4)
-        assert not torch.equal(one, two)
+    (_, ((rows, labels), _), *_), _, images, figures, out, _ = pictures()
+    assert (f"2 samples per image: {figures['coverage']:.1%} of the true values in the "
+            f"central 90%, standard deviation {figures['spread']:.4f}, PSNR of their mean "
+            f"{figures['psnr_mean']:.2f} dB") in out
+    images = images[:4]
+    one, two, *_ = (torch.stack(column) for column in zip(*rows))
+    mean = (one + two) / 2
+    std = [data.heat(image, 0.25) for image in (one - two) / 2**0.5]
+    errors = [data.heat(image, 0.25) for image in mean - images]
+    columns(rows, labels, ("sample 1", one), ("sample 2", two), ("mean", mean), ("truth", images),
+            ("std. deviation", torch.stack(std)), ("error of mean", torch.stack(errors)))
+    assert not torch.equal(one, two)
 
 
 def test_the_picture_of_a_fine_grid():
-    with a_field_and_test_images() as (model, sched, images), spied(sample, "image_grid") as drawn:
-        figures_of("--steps 2 --scale 3 --evaluate 2")
-        _, ((rows, labels), options) = drawn
-        expected = pixels_of(data.image_grid(rows, labels, **options))
-        assert np.array_equal(pixels_of("out/nf/scale.png"), expected)
-    assert labels == ["input pixels", "model x3", "truth"]
-    split, _ = sample.split_images(images[:2], torch.arange(2))
-    y, x = torch.meshgrid(torch.linspace(0, 1, 96), torch.linspace(0, 1, 96), indexing="ij")
-    coords = torch.stack([x, y], -1).view(1, -1, 2).expand(2, -1, -1)
-    fine = nf_denoiser.one_step_mean(model, sched, coords, *where(split)[1:])
-    for i, (given, shown, truth) in enumerate(rows):
-        close(given, sample.assemble(split)[i], 0)
-        close(shown, fine[i].mT.view(3, 96, 96) / 2 + 0.5, 1e-5)
-        close(truth, images[i] / 255, 1e-6)
-    assert options["zoom"] % 3 == 0 and expected.shape[1] >= 3 * 96  # no fine pixel is left out
-
-
-def test_a_fine_grid_is_not_transposed():
-    ramp = lambda model, sched, coords, *_: 2 * coords[..., :1].expand(-1, -1, 3) - 1
-    split = data.sparse_split(data.make_leaves(1, 3)[0])
-    with patched(sample, one_step_mean=ramp, image_grid=lambda rows, *_, **more: rows):
-        ((_, fine, _),) = sample.draw_fine(None, None, split, 2)
-    close(fine, torch.linspace(0, 1, 64).expand(3, 64, 64), 1e-6)  # dark left, bright right
+    (_, _, ((rows, labels), options), *_), field, images, *_ = pictures()
+    split, _ = sample.split_images(leaves(6, 16), torch.arange(6))
+    line = torch.linspace(0, 1, 48)
+    y, x = torch.meshgrid(line, line, indexing="ij")
+    coords = torch.stack([x, y], -1).view(1, -1, 2).expand(6, -1, -1)
+    fine = nf_denoiser.one_step_mean(*field, coords, *where(split)[1:])
+    columns(rows, labels, ("input pixels", sample.assemble(split)),
+            ("model x3", fine.mT.view(6, 3, 48, 48) / 2 + 0.5), ("truth", images[:6]))
+    assert options["zoom"] % 3 == 0  # no fine pixel is left out
 
 
 def test_the_animation_shows_every_step_from_noise_to_image():
-    with a_field_and_test_images(), spied(sample, "image_grid") as drawn:
-        figures_of("--steps 4 --gif --evaluate 5")
-        with Image.open("out/nf/denoising.gif") as gif:
-            assert gif.n_frames >= 4 and gif.info["loop"] == 0
-            times = []
-            for i in range(gif.n_frames):
-                gif.seek(i)
-                times.append(gif.info["duration"])
-        assert times[-1] > 1000 > 200 > times[0]  # the end stays
-        images = data.load_cifar10("data", False)[0]
-    ((shown, *_), _), *steps = drawn
-    split, _ = sample.split_images(images[:5], torch.arange(5))
-    assert [labels for (_, labels, _), _ in steps[:5]] == [["t = 19"], ["t = 13"], ["t = 6"],
-                                                           ["t = 0"], ["t = 0"]]
-    outputs = split["output_indices"][:3, None, :204].expand(-1, 3, -1)
-    for (rows, _, names), _ in steps:
-        assert names == ["x_t", "prediction"] and [len(row) for row in rows] == [3, 3]
-    (noisy, _), *_ = steps[0][0]
-    values = noisy.flatten(2).gather(2, outputs)
-    assert abs(values.std() - 0.5) < 0.05  # N(0, 1) of the range from -1 to 1
-    shown = shown[0][3][None]  # the sample of the first image
-    (_, predicted), *_ = steps[-1][0]
-    at = outputs[:1]
-    close(predicted[:1].clamp(0, 1).flatten(2).gather(2, at), shown.flatten(2).gather(2, at), 0.02)
+    (((rows, _), _), _, _, *steps), _, _, *_, content = pictures()
+    with Image.open(io.BytesIO(content)) as gif:
+        first = gif.info["duration"]
+        gif.seek(gif.n_frames - 1)
+        assert gif.n_frames >= 4 and gif.info["loop"] == 0
+        assert gif.info["duration"] > 1000 > 200 > first  # the end stays
+    times = [time for (_, (time,), _), _ in steps]
+    assert times == ["t = 19", "t = 13", "t = 6", *["t = 0"] * 11]
+    split, n_out = sample.split_images(leaves(3, 16), torch.arange(3))
+    drawn = split["output_indices"][:, None, :n_out].expand(-1, 3, -1)
+
+    def values(images):
+        return torch.stack(list(images)).flatten(2).gather(2, drawn)
+
+    ((noisy, _), _, names), _ = steps[0]
+    assert names == ["x_t", "prediction"]
+    assert abs(values(noisy).std() - 0.5) < 0.05  # N(0, 1) of the range from -1 to 1
+    ((_, predicted), *_), _ = steps[-1]
+    close(values(predicted).clamp(0, 1), values(row[3] for row in rows[:3]), 0.02)
 
 
 def test_a_long_animation_shows_some_of_the_steps():
-    split, _ = sample.split_images(data.make_leaves(1, 3)[0], torch.arange(1))
+    split, _ = sample.split_images(leaves(1), torch.arange(1))
     frames = [(t, *torch.rand(2, 1, 204, 3)) for t in range(1000)]
     with folder(), spied(sample, "image_grid") as drawn:
         quiet(sample.animate, split, frames, "a.gif")
     assert 25 <= len({labels[0] for (_, labels, _), _ in drawn}) <= 51
 
 
-def test_the_newest_checkpoint_is_sampled():
-    with a_field_and_test_images():
-        for name, age in (("run/new", 0), ("run/old", 100), ("else/newer", -100)):
-            save_field(f"{name}/nf/checkpoint.pt")
-            os.utime(f"{name}/nf/checkpoint.pt", (time.time() - age,) * 2)
-        line = "--steps 1 --evaluate 1"
-        assert works(sample, f"{line} --out run").startswith("run/new/nf/checkpoint.pt: nf")
-        assert works(sample, f"run/old/nf/checkpoint.pt {line}").startswith("run/old/nf")
-        assert Path("out/nf/samples.png").exists() and Path("run/nf/samples.png").exists()
-        with patched(sample, SHIPPED=Path("m.pt").resolve()), patched(
-                data, CIFAR10_URLS=[], BUILT_IN={"leaves": (data.make_leaves, 4, 2)}):
-            assert f"{Path('m.pt').resolve()}: nf" in works(sample, f"{line} --out empty")
-            save_png("photo.png", photograph()[0])
-            out = works(sample, "--image photo.png --out run")
-            assert f"{Path('m.pt').resolve()}: nf" in out  # a photograph gets the shipped model
-
-
-def test_the_shipped_model_works_without_a_network_however_its_path_is_written():
-    with folder() as root, patched(data, CIFAR10_URLS=["https://127.0.0.1:9/"],
-                                   BUILT_IN={"leaves": (data.make_leaves, 4, 2)}):
-        os.mkdir("assets")
-        save_field("assets/shipped.pt")
-        save_field("other.pt")
-        with patched(sample, SHIPPED=root.resolve() / "assets" / "shipped.pt"):
-            for path in ("", "assets/shipped.pt", "./assets/../assets/shipped.pt",
-                         root.resolve() / "assets" / "shipped.pt"):
-                out = works(sample, f"{path} --steps 1")
-                assert "NO CIFAR10" in out and "leaves: 2 images" in out
-            refused(sample, "assets/shipped.pt --steps 1 --data cifar10", "cannot fetch")
-        refused(sample, "other.pt --steps 1", "cannot fetch")
+def test_the_newest_checkpoint_is_sampled_or_the_shipped_one_which_needs_no_network():
+    with a_field_and_test_images(), without_measuring() as reports:
+        for path, age in (("run/nf/new/checkpoint.pt", 0), ("run/checkpoint.pt", 100),
+                          ("else/checkpoint.pt", -100), ("assets/shipped.pt", 0)):
+            save_field(path, side=16)
+            os.utime(path, (time.time() - age,) * 2)
+        shipped = Path("assets/shipped.pt").resolve()
+        with patched(sample, SHIPPED=shipped):
+            for line, used in (
+                    ("--out run --data leaves", "run/nf/new/checkpoint.pt"),
+                    ("--out run --data leaves run/checkpoint.pt", "run/checkpoint.pt"),
+                    ("--out run --image photo.png", shipped),
+                    ("--out empty", shipped),
+                    ("assets/../assets/shipped.pt", "assets/../assets/shipped.pt")):
+                assert works(sample, line).startswith(f"{used}: nf"), line
+            assert [place for _, place, _ in reports] == [
+                Path(place, "nf") for place in ("run", "run", "run", "empty", "out")]
+            refused(sample, "assets/shipped.pt --data cifar10", "cannot fetch")
+            refused(sample, "run/checkpoint.pt", "cannot fetch")
 
 
 def test_other_data_than_the_model_was_trained_on():
     with tiny_sets("sets"), patched(data, BUILT_IN={"leaves": (data.make_leaves, 4, 2)}):
         save_field()
-        assert "leaves: 2 images" in works(sample, "m.pt --steps 1 --data leaves")
-        assert "cifar10: 6 images" in works(sample, "m.pt --steps 1 --data-dir sets")
+        save_field("grey.pt", channels=1, side=28, data_name="auto")
+        with without_measuring() as reports:
+            works(sample, "m.pt --data leaves")
+            works(sample, "m.pt --data-dir sets")
+        assert [(len(images), name) for images, _, name in reports] == [
+            (2, "leaves"), (6, "cifar10")]
         refused(sample, "m.pt --data mnist --data-dir sets", "m.pt takes images of 3 x 32 x 32",
                 "(1, 28, 28)")
-        save_field("grey.pt", channels=1, side=28, data_name="auto")
         assert "mnist: 6 images" in works(sample, "grey.pt --steps 1 --data-dir sets --gif")
 
 
 def test_an_exported_model_has_half_precision_and_the_same_answers():
     with a_field_and_test_images() as (model, _, _):
-        out = works(sample, "m.pt --export half.pt")
-        assert "exported: half.pt" in out and not Path("out").exists()
-        got, _ = figures_of("--steps 2 --seed 1")
+        assert "exported: half.pt" in works(sample, "m.pt --export half.pt")
+        assert not Path("out").exists()
+        before, _ = figures_of("--steps 2")
         Path("half.pt").replace("m.pt")
-        equal(figures_of("--steps 2 --seed 1")[0], got, 0.02)
+        equal(figures_of("--steps 2")[0], before, 0.02)
         loaded, checkpoint = sample.load_checkpoint("m.pt")
+        assert set(checkpoint) == {*sample.KEYS, "model"} and checkpoint["step"] == 7
+        assert not loaded.training
         equal(loaded.state_dict(), model.state_dict(), 2e-3)
-        parameters = dict(model.named_parameters())
-        for name, value in torch.load("m.pt")["model"].items():
-            half = name in parameters
-            assert value.dtype == (torch.float16 if half else torch.float32), name
-            assert half or value.equal(model.state_dict()[name])
-        assert set(checkpoint) == {*sample.KEYS, "model"}
-        Path("run/nf").mkdir(parents=True)
-        shutil.copy("m.pt", "run/nf/checkpoint.pt")
-        refused(train, "--data cifar10 --batch-size 2 --resume --out run", "exported")
-
-
-def test_a_loaded_model_is_ready_to_be_used():
-    with folder():
-        model, _ = save_field()
-        loaded, checkpoint = sample.load_checkpoint("m.pt")
-        assert not loaded.training and checkpoint["step"] == 7
-        equal(loaded.state_dict(), model.state_dict())
+        half = {name: p.detach().half() for name, p in model.named_parameters()}
+        equal(checkpoint["model"], model.state_dict() | half)
         meta, _ = sample.load_checkpoint("m.pt", "meta")  # it stands for a GPU
         assert {p.device.type for p in meta.parameters()} == {"meta"}
+    with tiny_sets():
+        save_field()
+        works(sample, "m.pt --export out/nf/checkpoint.pt")
+        refused(train, "--data cifar10 --batch-size 2 --resume", "exported")
+
+
+def test_a_place_that_cannot_be_written_is_noticed_before_measuring():
+    with a_field_and_test_images(), without_measuring() as reports:
+        os.mkdir("place")
+        before = Path("m.pt").read_bytes()
+        for flag in ("--json", "--export"):
+            for place in ("place", "m.pt/below", "m.pt", "./place/../m.pt"):
+                refused(sample, f"m.pt {flag} {place}")
+        assert not reports and Path("m.pt").read_bytes() == before
 
 
 def test_an_autoencoders_checkpoint_is_measured_by_its_own_report():
@@ -3292,111 +3282,99 @@ def test_an_autoencoders_checkpoint_is_measured_by_its_own_report():
         sample.save_checkpoint(Path("m.pt"), dict(
             kind="dae", config=dict(input_dim=784, latent_dim=64), schedule={}, data="mnist",
             settings=dict(noise="gaussian 0.3"), step=1, model=model.state_dict()))
-        got, out = figures_of("--out there")  # --evaluate 2
         images = data.load_mnist("data", False)[0]
-        expected, _ = quiet(autoencoder.report_autoencoder, model, images[:2], Path("a"),
-                            "gaussian 0.3")
-        equal(got, expected, 1e-6)
-        assert Path("there/dae/samples.png").exists() and "2 images" in out
-        assert "64 images" in works(sample, "m.pt")
-        for flags in ("--steps 2", "--full", "--gif", "--scale 2", "--samples 2", "--eta 1",
-                      "--sampler ddpm", "--pixels grid", "--image a.png", "--seed 1",
-                      "--input-ratio 0.5"):
+        for flags, count in (("", 2), ("--evaluate", 64)):
+            got, _ = figures_of(f"--out there {flags}")
+            expected, _ = quiet(autoencoder.report_autoencoder, model, images[:count],
+                                Path("there/dae"), "gaussian 0.3")
+            equal(got, expected, 1e-6)
+        for flags in ("--steps 2 | --full | --gif | --scale 2 | --samples 2 | --eta 1 | --seed 1 | "
+                      "--sampler ddpm | --pixels grid | --image a.png | --input-ratio 0.5"
+                      ).split(" | "):
             refused(sample, f"m.pt {flags}", "m.pt is an autoencoder")
 
 
 def test_main_takes_a_list_and_works_in_a_thread():
     with a_field_and_test_images(), spied(torch, "set_flush_denormal") as fast:
-        before = sys.argv
         with patched(sys, argv=["notebook", "--nonsense"]):
             line = ["m.pt", "--steps", "1", "--evaluate", "1", "--out", "a"]
             thread = threading.Thread(target=quiet, args=(sample.main, line))
             thread.start()
             thread.join()
             assert sys.argv == ["notebook", "--nonsense"]
-        assert Path("a/nf/samples.png").exists() and sys.argv is before
+        assert Path("a/nf/samples.png").exists()
         assert fast == [((True,), {})]
 
 
-def test_numbers_between_two_limits():
-    whole, real = sample.between(1, 16), sample.between(0, 1, float)
-    assert [whole(text) for text in ("1", "7", "16")] == [1, 7, 16] and type(whole("1")) is int
-    assert [real(text) for text in ("0", "0.5", "1")] == [0, 0.5, 1] and type(real("1")) is float
-    for parse, text in ((whole, "0"), (whole, "17"), (real, "-0.1"), (real, "nan")):
-        raises(argparse.ArgumentTypeError, lambda: parse(text), "between", text)
-    raises(ValueError, lambda: whole("x"))
+def mean_of_given(output_coords, input_coords, input_values):
+    """An answer for restore: one value for a window."""
+    return input_values.mean(1, keepdim=True).expand(-1, output_coords.shape[1], -1)
 
 
 def test_windows_are_blended_with_sin_squared():
     image = torch.rand(3, 32, 48, generator=seeded())
-    known = torch.rand(32, 48, generator=seeded(1)) < 0.3
-    ramp = torch.sin(math.pi * (torch.arange(32) + 0.5) / 32) ** 2
-    coords = sample.grid_coords(32, 32)
-    total, weight = 0, 0
-    for x in (0, 16):
-        given = known[:, x:x + 32].flatten()
-        values = image[:, :, x:x + 32].flatten(1).mT
-        answers = sample.nearest(coords[None], coords[given][None], values[given][None])
-        shift = (x, 16 - x)
-        total = total + F.pad(ramp * answers[0].mT.view(3, 32, 32), shift)
-        weight = weight + F.pad(ramp, shift)
-    expected = torch.where(known, image, total / weight)
-    close(sample.restore_windows(image, known, sample.nearest, 32), expected, 1e-5)
+    known = (torch.arange(32) % 2 == 0)[:, None].expand(32, 48)  # as many in both windows
+    left, right = (image[:, ::2, x:x + 32].mean(dim=(1, 2)) for x in (0, 16))
+    weight = torch.sin(math.pi * (torch.arange(32) + 0.5) / 32) ** 2
+    share = weight[:16] / (weight[:16] + weight[16:])  # of the right one, where both are
+    share = torch.cat([torch.zeros(16), share, torch.ones(16)])
+    got = sample.restore_windows(image, known, mean_of_given, 32)
+    close(got[:, 31], torch.lerp(left[:, None], right[:, None], share), 1e-5)
 
 
 def test_windows_cover_pictures_of_any_size():
-    def twos(output_coords, _, input_values):
-        return torch.full((*output_coords.shape[:2], input_values.shape[2]), 2.0)
-
     for height, width, side in ((1, 2, 32), (20, 70, 32), (33, 31, 32), (64, 48, 32), (9, 30, 8)):
         image = torch.rand(1, height, width, generator=seeded()) * 2 - 1
         known = torch.rand(height, width, generator=seeded(1)) < 0.3
-        known[0, 0], known[0, 1] = True, False
-        got = sample.restore_windows(image, known, twos, side)
+        known[0, :2] = torch.tensor([True, False])
+        got = sample.restore_windows(image, known, lambda *given: 2 + mean_of_given(*given), side)
         assert torch.equal(got[:, known], image[:, known])  # the given pixels stay
         close(got[:, ~known], 1.0, 1e-6)  # clamped
 
 
 def test_windows_beyond_the_edge_see_a_mirrored_picture():
-    assert sample.window_lines(6, 4).tolist() == [[0, 1, 2, 3], [2, 3, 4, 5]]
-    assert sample.window_lines(7, 4)[-1].tolist() == [4, 5, 6, 6]
-    assert sample.window_lines(3, 4).tolist() == [[0, 1, 2, 2]]
-    assert sample.window_lines(2, 4).tolist() == [[0, 1, 1, 0]]
-
-
-def test_windows_with_fewer_given_pixels_repeat_theirs():
-    given = torch.tensor([[0, 1, 1, 0, 1], [0, 0, 0, 1, 0]]).bool()
-    assert sample.repeat_to_equal_counts(given).tolist() == [[1, 2, 4], [3, 3, 3]]
+    for length, *lines in (
+            (6, [0, 1, 2, 3], [2, 3, 4, 5]),
+            (7, [0, 1, 2, 3], [2, 3, 4, 5], [4, 5, 6, 6]),
+            (3, [0, 1, 2, 2]),
+            (2, [0, 1, 1, 0])):
+        assert sample.window_lines(length, 4).tolist() == lines
 
 
 def test_windows_of_a_batch_have_almost_as_many_given_pixels():
+    """Those with fewer repeat theirs."""
     counts = torch.arange(1, 1024)
     batches = list(sample.split_by_counts(counts, counts))
     assert torch.cat(batches).sort().values.equal(counts)
     for batch in batches:
         assert len(batch) <= 16 and batch.max() < 1.031 * batch.min()
+    given = torch.tensor([[0, 1, 1, 0, 1], [0, 0, 0, 1, 0]]).bool()
+    assert sample.repeat_to_equal_counts(given).tolist() == [[1, 2, 4], [3, 3, 3]]
 
 
 def test_the_precision_matrix_gives_the_posterior_of_the_gaussian_field():
-    coords, y = sample.grid_coords(32, 32)[None], torch.randn(1, 1024, 3, generator=seeded())
+    coords = sample.grid_coords(32)[None]
+    y = torch.randn(1, 1024, 3, generator=seeded())
     K = nf_denoiser.exponential_covariance(32)
-    field, precise = nf_denoiser.GaussianField(K), sample.PrecisionField(K)
     order = torch.randperm(1024, generator=seeded())
     batch = torch.stack([order[:1000], order[torch.arange(1000) % 600]])  # 600, some of them twice
+    precise = sample.PrecisionField(K)
     got = precise(coords[0, batch], y[0, batch], coords.expand(2, -1, -1))
     for i, n_in in enumerate((1000, 600)):
         inputs = order[:n_in]
-        expected = field(coords[:, inputs], y[:, inputs], coords)
+        expected = nf_denoiser.GaussianField(K)(coords[:, inputs], y[:, inputs], coords)
         for ours, theirs in zip(got, expected):
             close(ours[i], theirs[0], 1e-3)
 
 
-def test_only_windows_that_touch_missing_pixels_are_computed():
-    known, steps = torch.ones(100, 2000, dtype=torch.bool), []
-    known[40, 1500:1502] = known[70, 20:22] = False
-    sample.restore(torch.rand(3, 100, 2000), known, sample.nearest,
+def test_only_windows_whose_answer_is_used_are_computed():
+    """At half the size those that touch the depth of a hole: a line of 4 pixels has none."""
+    known, steps = torch.ones(64, 512, dtype=torch.bool), []
+    known[:, 100:104] = False  # in 3 x 2 windows
+    known[20:32, 400:412] = False  # in 2 x 2, at half the size 1 x 2, at a quarter 1 x 2
+    sample.restore(torch.rand(3, 64, 512), known, mean_of_given,
                    on_step=lambda *step: steps.append(step))
-    assert steps == [(0, 4 + 4)]
+    assert [windows for done, windows in steps if done == 0] == [10, 2, 2]
 
 
 def test_a_large_hole_is_filled_from_its_rim():
@@ -3404,54 +3382,56 @@ def test_a_large_hole_is_filled_from_its_rim():
     known[20:110, 20:110] = False
     image = torch.where(known, 0.25, -9.0).expand(3, -1, -1)
 
-    def mean_of_given(output_coords, input_coords, input_values):
+    def answer(output_coords, input_coords, input_values):
         counts.append(input_values.shape[1])
         assert (input_values > -1).all()  # nothing of the hole
-        return input_values.mean(1, keepdim=True).expand(-1, output_coords.shape[1], -1)
+        return mean_of_given(output_coords, input_coords, input_values)
 
     on_step = lambda done, windows: steps.append(windows - done)
-    got = sample.restore_windows(image, known, mean_of_given, 32, on_step)
+    got = sample.restore_windows(image, known, answer, 32, on_step)
     close(got, torch.full((3, 128, 128), 0.25), 1e-5)
     assert min(counts) >= 200, counts
     assert steps == sorted(steps, reverse=True) and 0 < steps[-1] <= 16, steps
-    raises(ValueError, lambda: sample.restore(image, known & False, mean_of_given), "no pixel")
+    close(sample.restore(image, known, answer), got, 1e-5)
+    raises(ValueError, lambda: sample.restore(image, known & False, answer), "no pixel")
 
 
 def test_the_depth_of_a_hole_is_restored_at_half_the_size():
     image = 0.4 + 0.01 * torch.rand(1, 64, 65, generator=seeded())
-    known, small = torch.ones(64, 65, dtype=torch.bool), []
+    known, sizes = torch.ones(64, 65, dtype=torch.bool), []
     known[20:32, 21:33] = False
 
     def one_value_a_size(image, input_mask, *_):
-        small.append((image, input_mask))
-        return torch.where(input_mask, image, 0.8 if image.shape[1] == 64 else 0.4)
+        sizes.append((image[0], input_mask))
+        return torch.where(input_mask, image, 0.8 if len(sizes) == 1 else 0.4)
 
     with patched(sample, restore_windows=one_value_a_size):
         got = sample.restore(image, known, None)
     row = got[0, 26, 21:27].tolist()  # from the rim to the middle of the hole
     close(row, [0.8, 0.8, 0.667, 0.533, 0.4, 0.4], 0.01)
     assert torch.equal(got[:, known], image[:, known])
-    half, mask = small[1]
-    assert half.shape == (1, 32, 33) and (~mask).sum() == 6 * 5  # those with none of four given
-    close(half[0, 5, 5], image[0, 10:12, 10:12].mean(), 1e-6)
-    close(half[0, 12, 10], image[0, 24:26, 20].mean(), 1e-6)  # the given two of four
+    half, mask = sizes[1]
+    assert half.shape == (32, 33) and (~mask).sum() == 6 * 5  # those with none of four given
+    close(half[5, 5], image[0, 10:12, 10:12].mean(), 1e-6)
+    close(half[12, 10], image[0, 24:26, 20].mean(), 1e-6)  # the given two of four
 
 
 def test_the_progress_tells_method_windows_and_time_left():
-    terminal, clock = io.StringIO(), iter(range(0, 500, 10))
-    terminal.isatty = lambda: True
-    show = sample.show_progress("kriging")
-    with patched(sys, stdout=terminal), patched(time, time=lambda: next(clock)):
-        for done in range(0, 80, 16):
-            show(done, 960)
-    said = terminal.getvalue()
-    assert said.count("kriging: 960 windows, about 9 minutes\n") == 1, said
-    assert "kriging: 64 of 960 windows, 560 s left" in said.split("\n")[1], said
+    for seconds, minutes in ((10, "9"), (2, "2"), (1.5, None)):
+        terminal, clock = io.StringIO(), itertools.count(0, seconds)
+        terminal.isatty = lambda: True
+        show = sample.show_progress("kriging")
+        with patched(sys, stdout=terminal), patched(time, time=lambda: next(clock)):
+            for done in range(0, 80, 16):
+                show(done, 960)
+        said = terminal.getvalue()
+        assert said.count("minutes\n") == bool(minutes), said
+        assert not minutes or f"kriging: 960 windows, about {minutes} minutes\n" in said
+        assert f"kriging: 64 of 960 windows, {56 * seconds:.0f} s left" in said.split("\n")[-1]
 
 
-def restored(flags):
+def restored(flags, name="photo"):
     """What sample.py prints for m.pt and a photograph, and NAME-restored.png."""
-    name = Path(flags.split()[0]).stem
     return works(sample, f"m.pt --image {flags}"), pixels_of(f"out/nf/{name}-restored.png")
 
 
@@ -3459,34 +3439,34 @@ def test_a_photograph_is_restored_by_the_one_step_mean():
     photo, _ = photograph()
     with folder(), spied(sample, "image_grid") as drawn:
         model, sched = save_field()
-        model.prior = sample.PrecisionField(model.prior.covariance)
         save_png("photo.png", photo)
         out, image = restored("photo.png --input-ratio 0.3 --seed 2 --json f.json")
         ((rows, labels), options), = drawn
         comparison = data.image_grid(rows, labels, **options)
         assert np.array_equal(pixels_of("out/nf/photo-comparison.png"), pixels_of(comparison))
-        got = json.loads(Path("f.json").read_text())
+        figures = json.loads(Path("f.json").read_text())
         pixels, known, *_ = data.load_picture("photo.png", 3, None, 0.3, 2)
-    truth = pixels / 255
-    mean = lambda *given: nf_denoiser.one_step_mean(model, sched, *given)
+    given = data.to_signed(pixels) * known
     K = nf_denoiser.exponential_covariance(32)
-    answers = dict(nearest=sample.nearest, kriging=lambda *given: sample.kriging(*given, K))
-    answers["one-step mean"] = mean
-    (given, *images, last), = rows
-    close(given, torch.where(known, truth, 0.5), 1e-6)
-    close(last, truth, 1e-6)
-    for (name, answer), shown, label in zip(answers.items(), images, labels[1:]):
-        close(shown, data.to_unit(sample.restore(data.to_signed(pixels) * known, known, answer)),
-              1e-5)
-        decibels = -10 * (shown - truth)[:, ~known].square().mean().log10().item()
-        close(got["methods"][name]["psnr"], decibels, 1e-3)
-        assert name in label and f"{decibels:.2f} dB" in label
-        assert re.search(f"{name} +{decibels:.2f} dB\n", out)
-    close(image.transpose(2, 0, 1), 255 * images[2].clamp(0, 1), 0.51)
+    model.prior = sample.PrecisionField(model.prior.covariance)
+    expected = [("given", data.to_unit(given)[None])]
+    for name, answer, *more in (
+            ("nearest", sample.nearest),
+            ("kriging", sample.kriging, K),
+            ("one-step mean", nf_denoiser.one_step_mean)):
+        before = (model, sched) if name == "one-step mean" else ()
+        filled = sample.restore(given, known, lambda *where: answer(*before, *where, *more))
+        shown = data.to_unit(filled)
+        mse = (shown - pixels / 255)[:, ~known].square().mean()
+        decibels = f"{name:14}{-10 * mse.log10():6.2f} dB"
+        assert f"{decibels}\n" in out
+        close(figures["methods"][name]["psnr"], -10 * mse.log10(), 1e-3)
+        expected.append((decibels, shown[None]))
+    columns(rows, labels, *expected, ("truth", pixels[None] / 255))
+    close(image.transpose(2, 0, 1), 255 * shown.clamp(0, 1), 0.51)
     assert abs(image - photo)[~known].max() > 5  # restored, not copied
     assert np.array_equal(image[known], photo[known])  # the given pixels, bit by bit
-    assert labels[0] == "given" and labels[-1] == "truth"
-    assert got["data"] == "photo.png" and got["images"] == 1 and len(got["methods"]) == 3
+    assert figures["data"] == "photo.png" and figures["images"] == 1
     assert "3,780 of 5,400 pixels (70.0%) were hidden" in out, out
 
 
@@ -3496,14 +3476,11 @@ def test_the_truth_under_a_mask_is_not_used():
         save_field()
         save_png("mask.png", hole)
         save_png("holes.png", photo, 255 - hole)
-        save_png("photo.png", photo)
-        save_png("seven.png", np.where(hole[..., None] > 0, 7, photo))
-        out, image = restored("holes.png")
+        save_png("photo.png", np.where(hole[..., None] > 0, 7, photo))
+        out, image = restored("holes.png", "holes")
         assert "dB" not in out and np.array_equal(image[hole == 0], photo[hole == 0])
-        for name in ("photo.png", "seven.png"):
-            assert np.array_equal(image, restored(f"{name} --mask mask.png")[1])
+        assert np.array_equal(image, restored("photo.png --mask mask.png")[1])
         assert abs(image - photo)[20:30, 30:40].max() < 60
-        assert len(files_in(Path("out/nf"))) == 3 * 2  # no result replaces another one
     for ((row,), labels), _ in drawn:  # the model alone
         assert labels == ["given", "one-step mean"] and len(row) == 2
     assert out.split("\n")[1:4] == [
@@ -3511,31 +3488,41 @@ def test_the_truth_under_a_mask_is_not_used():
         "300 of 5,400 pixels (5.6%) were missing and are restored; the others are unchanged"]
 
 
+def test_results_of_another_picture_are_not_replaced():
+    with folder():
+        save_field()
+        os.mkdir("other")
+        contents = {}
+        for i, name in enumerate(("photo.png", "photo.bmp", "other/photo.png", "photo.png")):
+            save_png(name, bytes_((8, 8, 3), seed=i))
+            works(sample, f"m.pt --image {name}")
+            old, contents = contents, {path: path.read_bytes() for path in files_in(Path("out"))}
+            replaced = sorted(path.name for path in old if old[path] != contents[path])
+            assert len(contents) == 2 * min(3, i + 1)
+            assert replaced == ["photo-comparison.png", "photo-restored.png"] * (i == 3), name
+
+
 def test_grey_photographs_stay_grey_and_large_ones_large():
-    grey = data.make_glyphs(1, 0)[0][0, 0].numpy()
-    wide = bytes_((40, 2001, 3))
+    grey, wide = bytes_((28, 28)), bytes_((40, 2001, 3))
     with folder():
         save_field(channels=1, path="grey.pt", side=28)
         save_field()
         save_png("grey.png", grey)
-        save_png("wide.png", wide)
+        save_png("photo.png", wide)
         save_png("mask.png", 255 * (np.arange(40 * 2001).reshape(40, 2001) == 5000))
         for model in ("m.pt", "grey.pt"):
             works(sample, f"{model} --image grey.png")
-            with Image.open("out/nf/grey-restored.png") as picture:
-                assert picture.mode == "L" and picture.size == (28, 28)
-                assert (pixels_of(picture) == grey).mean() >= 0.2
-        _, image = restored("wide.png --mask mask.png")
+            image = pixels_of("out/nf/grey-restored.png")
+            assert image.shape == (28, 28) and (image == grey).mean() >= 0.19
+        _, image = restored("photo.png --mask mask.png")
         assert image.shape == wide.shape and (image != wide).any(2).sum() <= 1
-        with Image.open("out/nf/wide-comparison.png") as picture:
-            assert picture.width < 2 * 700  # for the eye
+        assert pixels_of("out/nf/photo-comparison.png").shape[1] < 2 * 700  # for the eye
 
 
 def test_the_middle_of_a_photograph_is_sampled():
-    photo, _ = photograph()
     with folder(), spied(sample, "image_grid") as drawn:
         save_field()
-        save_png("photo.png", photo)
+        save_png("photo.png", photograph()[0])
         out = works(sample, "m.pt --image photo.png --size 32 --steps 2 --samples 2 --gif")
         square = data.square_picture(data.open_picture("photo.png"), 3, 32)
         assert "photo.png: 1 images, 204 pixels given" in out
@@ -3545,43 +3532,47 @@ def test_the_middle_of_a_photograph_is_sampled():
 
 
 def test_transparent_pixels_of_a_sampled_picture_are_neither_given_nor_measured():
-    image, row = data.make_leaves(1, 0)[0], torch.arange(1024) // 32
-    for full, measured in ((False, 204), (True, 512 - 204)):
-        split, n_out = sample.split_images(
-            image, torch.tensor([0]), full=full, unknown=row % 2 == 0)
-        used = torch.cat([split["input_indices"], split["output_indices"][:, :n_out]], dim=1)
-        assert n_out == measured and (row[used] % 2 == 1).all()
-    sprite = np.dstack([bytes_((32, 32, 3)), np.repeat([0, 255], [768, 256]).reshape(32, 32)])
-    with folder():
+    """They are grey in all images that are compared, so that no figure counts them."""
+    alpha = np.repeat([0, 255], 512).reshape(32, 32)
+    colours = bytes_((32, 32, 3))
+    with folder(), spied(sample, "image_grid") as drawn:
         save_field()
-        save_png("sprite.png", sprite)
-        out = works(sample, "m.pt --image sprite.png --size 32 --steps 2")
-        assert "204 pixels given, 52 measured" in out
-        refused(sample, "m.pt --image sprite.png --size 32 --pixels anywhere", "768", "transparent")
-        save_png("sprite.png", sprite[:25])
-        refused(sample, "m.pt --image sprite.png --size 32", "transparent")
+        save_png("sprite.png", colours, alpha)
+        line = "m.pt --image sprite.png --size 32 --steps 2"
+        for flags, measured in (("", 204), ("--full", 512 - 204)):
+            assert f"204 pixels given, {measured} measured" in works(sample, f"{line} {flags}")
+        refused(sample, f"{line} --pixels anywhere", "512", "transparent")
+        alpha[:26] = 0  # 192 pixels are left, fewer than are given
+        save_png("sprite.png", colours, alpha)
+        refused(sample, line, "832", "transparent")
+    for (((*images, _),), _), _ in drawn:
+        images = torch.stack(images)
+        close(images[:, :, :16], 0.5, 0)
+        close(images[-1, :, 16:], colours[16:].transpose(2, 0, 1) / 255, 1e-6)
 
 
 def test_photographs_that_cannot_be_restored_leave_the_last_result():
     photo, hole = photograph()
     with folder():
         save_field()
-        save_png("photo.png", photo)
-        save_png("dot.png", photo[:1, :1])
-        save_png("nothing.png", np.zeros((50, 50, 4)))
-        save_png("black.png", 0 * hole)
-        restored("photo.png")
-        before = Path("out/nf/photo-restored.png").read_bytes()
+        for name, planes in dict(photo=photo, dot=photo[:1, :1], nothing=np.zeros((50, 50, 4)),
+                                 black=0 * hole).items():
+            save_png(f"{name}.png", planes)
+        _, before = restored("photo.png")
         Path("cut.png").write_bytes(Path("photo.png").read_bytes()[:90])
-        for flags, word in (("photo.png --mask dot.png", "same size"), ("cut.png", "cut.png"),
-                            ("nothing.png", "no pixel"), ("none.png", "none.png"),
-                            (".", "picture"), ("dot.png", "no pixel of the"),
-                            ("photo.png --mask black.png", "no pixel is missing")):
+        for flags, word in (
+                ("photo.png --mask dot.png", "same size"),
+                ("photo.png --mask black.png", "no pixel is missing"),
+                ("cut.png", "cut.png"),
+                ("nothing.png", "no pixel"),
+                ("none.png", "none.png"),
+                (".", "picture"),
+                ("dot.png", "no pixel of the")):
             refused(sample, f"m.pt --image {flags}", word)
         Path("out/nf/photo-comparison.png").unlink()
         os.mkdir("out/nf/photo-comparison.png")  # cannot be replaced
         refused(sample, "m.pt --image photo.png --seed 3")
-        assert Path("out/nf/photo-restored.png").read_bytes() == before
+        assert np.array_equal(pixels_of("out/nf/photo-restored.png"), before)
 
 
 def test_both_pictures_of_a_photograph_are_written_or_none():
@@ -3593,7 +3584,7 @@ def test_both_pictures_of_a_photograph_are_written_or_none():
 
     with folder():
         save_field()
-        save_png("photo.png", photograph()[0])
+        save_png("photo.png", bytes_((8, 8, 3)))
         for stop, written in (("dB", 0), ("picture:", 2), ("hidden", 2)):
             shutil.rmtree("out", ignore_errors=True)
             with patched(sys, stdout=Full()):
@@ -3604,7 +3595,7 @@ def test_both_pictures_of_a_photograph_are_written_or_none():
 def test_the_shipped_model_is_better_than_kriging():
     model, checkpoint = sample.load_checkpoint(sample.SHIPPED)
     sched = schedule.DiffusionSchedule(**checkpoint["schedule"])
-    table = sample.evaluate_field(model, sched, data.make_leaves(24, seed=9)[0])
+    table = sample.evaluate_field(model, sched, leaves(24))
     assert table["one-step mean"]["psnr"] > table["kriging"]["psnr"] + 0.2, table
     assert sample.SHIPPED.stat().st_size < 8_000_000
 
@@ -3613,14 +3604,18 @@ def test_a_folder_of_pictures_trains_both_models_on_every_device():
     devices = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.mps.is_available()
     with folder():
         os.mkdir("photos")
-        for i, image in enumerate(data.make_leaves(30, 5)[0]):
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(f"photos/{i}.png")
+        for i, image in enumerate(leaves(30)):
+            data.to_picture(image / 255).save(f"photos/{i}.png")
         for device, (model, size) in itertools.product(devices, (("nf", 4), ("dae", 8))):
             out = works(train, f"--model {model} --data photos --steps 1 --batch-size {size} "
                                f"--evaluate 1 --device {device}")
             assert "photos" in out and f"| {device}" in out
-            flags = "--steps 2" if model == "nf" else ""
-            works(sample, f"out/{model}/checkpoint.pt --evaluate 1 --device {device} {flags}")
+            line = f"out/{model}/checkpoint.pt --evaluate 1 --device {device}"
+            line += " --steps 2" if model == "nf" else ""
+            assert "notice" not in works(sample, line)
+        os.unlink("photos/7.png")
+        assert f"notice: {Path('photos').resolve()} has other pictures" in works(sample, line)
+        assert "notice" not in works(sample, line + " --data photos")
 
 
 def test_bad_input_gets_one_line_and_an_exit_code():
@@ -3632,56 +3627,61 @@ def test_bad_input_gets_one_line_and_an_exit_code():
         for name in ("junk.pt", "photo.png"):
             Path(name).write_bytes(b"junk")
         Path("empty.pt").write_bytes(b"")
-        torch.save({"kind": "nf"}, "odd.pt")
-        torch.save([1, 2], "list.pt")
-        torch.save({"kind": "nf", "config": Evil()}, "evil.pt")
-        torch.save(torch.load(sample.SHIPPED) | {"kind": "../alien"}, "alien.pt")
-        torch.save(torch.load(sample.SHIPPED) | {"schedule": None}, "alien2.pt")
-        for module, line, *words in (  # exit code 1: one line, "error: ..."
-                (train, "--model dae --data cifar10"), (train, "--batch-size 990 --data cifar10"),
-                (train, "--batch-size 3 --data cifar10"), (train, "--resume --data cifar10"),
-                (train, "--device warp"), (train, "--data imagenet"),
-                (train, "--model dae --noise masking --noise-param 7 --data mnist"),
-                (train, "--model dae --noise-param nan --data mnist"),
-                (train, "--parts gaussian --resume --data cifar10"),
-                *((sample, name, name) for name in (
-                    "junk.pt", "empty.pt", "odd.pt", "list.pt", "evil.pt", "alien.pt", "alien2.pt",
-                    "none.pt")),
-                (sample, "--device warp"), (sample, "--device meta"),
-                (sample, f"{sample.SHIPPED} --image photo.png"),
-                (sample, f"{sample.SHIPPED} --data mnist"),
-                (autoencoder, "--exercise types --data cifar10"), (data, "--data nowhere"),
-                (schedule, "--timesteps 0"), (schedule, "--timesteps 10000000000")):
-            refused(module, line, *words)
+        shipped = torch.load(sample.SHIPPED)
+        for name, content in dict(
+                odd={"kind": "nf"}, list=[1, 2], evil={"kind": "nf", "config": Evil()},
+                alien=shipped | {"kind": "../alien"}, alien2=shipped | {"schedule": None}).items():
+            torch.save(content, f"{name}.pt")
+        for name in ("junk", "empty", "odd", "list", "evil", "alien", "alien2", "none"):
+            refused(sample, f"{name}.pt", f"{name}.pt")
         assert not Path("evil").exists()
+        for module, lines in (  # exit code 1: one line, "error: ..."
+                (train, """--model dae --data cifar10
+                    --batch-size 990 --data cifar10
+                    --batch-size 3 --data cifar10
+                    --resume --data cifar10
+                    --device warp
+                    --data imagenet
+                    --model dae --noise masking --noise-param 7 --data mnist
+                    --model dae --noise-param nan --data mnist
+                    --parts gaussian --resume --data cifar10"""),
+                (sample, f"""--device warp
+                    --device meta
+                    {sample.SHIPPED} --image photo.png
+                    {sample.SHIPPED} --data mnist"""),
+                (autoencoder, "--exercise types --data cifar10"),
+                (data, "--data nowhere"),
+                (schedule, "--timesteps 0\n--timesteps 10000000000")):
+            for line in lines.split("\n"):
+                refused(module, line)
         with patched(sample, SHIPPED=Path("none.pt")):
             refused(sample, "", "train.py")
         for module, lines in (  # exit code 2, from argparse
-                (train, ("--model nope", "--steps 0", "--steps -1", "--steps x", "--epochs 0",
-                         "--lr nan", "--lr 0", "--steps 5 --epochs 5", "--seed -1", "--parts nose",
-                         "--parts", "--batch-size 0", "--evaluate 0", "--size huge",
-                         "--model dae --noise mixed --noise-param 1", "--noise masking",
-                         "--model ae --noise masking", "--model dae --parts unet",
-                         "--model ae --size full", "--model ae --noise-param 1",
-                         "--steps 99999999999", "--noise fog", "--masks odd")),
-                (sample, ("--eta 2", "--eta nan", "--scale 0", "--scale 17", "--seed -1",
-                          "--evaluate 0", "--samples 1", "--sampler ddpm --eta 1",
-                          "--sampler ddpm --steps 5", "--steps 1001", "--input-ratio 1.1",
-                          "--input-ratio nan", "--size 32", "--mask x.png",
-                          "--image x.png --gif", "--image x.png --size 32 --mask x.png",
-                          "--image x.png --steps 5", "--image x.png --pixels grid",
-                          "--image x.png --mask x.png --full", "--sampler odd", "--pixels odd",
-                          "--image x.png --input-ratio 1.5", "--size 65", "--eta -1",
-                          "--image x.png --evaluate", "--image x.png --data mnist")),
-                (autoencoder, ("--seeds 0", "--epochs 0", "--exercise nope")),
-                (noise, ("--nope",)), (data, ("--seed x",))):
-            for line in lines:
+                (sample, "--eta 2 | --eta -1 | --eta nan | --scale 0 | --scale 17 | --seed -1 | "
+                         "--evaluate 0 | --samples 1 | --sampler ddpm --eta 1 | --steps 1001 | "
+                         "--sampler ddpm --steps 5 | --input-ratio 1.1 | --input-ratio nan | "
+                         "--size 32 | --size 65 | --mask x.png | --sampler odd | --pixels odd | "
+                         "--image x.png --gif | --image x.png --size 32 --mask x.png | "
+                         "--image x.png --steps 5 | --image x.png --pixels grid | "
+                         "--image x.png --mask x.png --full | --image x.png --input-ratio 1.5 | "
+                         "--image x.png --evaluate | --image x.png --data mnist"),
+                (train, "--model nope | --steps 0 | --steps -1 | --steps x | --epochs 0 | --lr 0 | "
+                        "--lr nan | --steps 5 --epochs 5 | --seed -1 | --parts nose | --parts | "
+                        "--batch-size 0 | --evaluate 0 | --size huge | --noise fog | --masks odd | "
+                        "--model dae --noise mixed --noise-param 1 | --noise masking | "
+                        "--model ae --noise masking | --model dae --parts unet | "
+                        "--steps 99999999999 | --model ae --size full | "
+                        "--model ae --noise-param 1"),
+                (autoencoder, "--seeds 0 | --epochs 0 | --exercise nope"),
+                (noise, "--nope"),
+                (data, "--seed x")):
+            for line in lines.split(" | "):
                 code, _, err = run(module, line)
                 assert code == 2 and "error: " in err.splitlines()[-1], (module, line, err)
-        process = subprocess.run([sys.executable, HERE / "sample.py", "junk.pt"],
-                                 capture_output=True, text=True)
-        assert process.returncode == 1 and process.stderr.count("\n") == 1, process.stderr
-        assert process.stderr.startswith("error: ")
+    process = subprocess.run([sys.executable, HERE / "sample.py", "none.pt"],
+                             capture_output=True, text=True)
+    assert process.returncode == 1 and process.stderr.count("\n") == 1, process.stderr
+    assert process.stderr.startswith("error: ")
 
 
 def test_the_readmes_commands_parse():

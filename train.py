@@ -302,16 +302,6 @@ def watch_for_signals(signals, world):
     signal.signal(signal.SIGTERM, signal.SIG_DFL if signals is None else note)
 
 
-def check_place(path):
-    """Raises ValueError or OSError, naming it, if a checkpoint cannot be written to this path."""
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder: rename it, or use another --out")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")  # as in save_checkpoint
-    temporary.touch()
-    temporary.unlink()
-
-
 def check_finite(model, loss, step, path):
     if not all(x.isfinite().all() for x in (loss, *model.parameters())):
         raise ValueError(f"the loss or a weight is no longer finite at step {step:,}: use a lower "
@@ -470,7 +460,7 @@ def main(argv=None):
     rank, world = start_processes(args)
     path = args.out / args.model / "checkpoint.pt"
     if rank == 0:
-        check_place(path)
+        sample.check_place(path)
     images, test_images = load_images(args, rank, world)
     if args.steps is None:
         args.steps = args.epochs * (len(images) // args.batch_size)
