@@ -373,7 +373,7 @@ def load_folder(folder, train, channels, side):
             pictures.append(square_picture(picture, channels, side))
             subfolders.append(path.relative_to(folder).parent.parts[:1])
     count = len(pictures)
-    if count < len(paths):
+    if train and count < len(paths):  # said once, though test images are loaded, too
         print(f"notice: {folder}: {len(paths) - count:,} of {len(paths):,} files are not pictures")
     if count < 20:
         raise ValueError(f"{folder} holds {count} pictures that can be read; 20 are needed")
