@@ -211,9 +211,13 @@ def linear_classifier(x, labels, *others):
 
 
 def mean_correlation(z):
-    """Mean absolute correlation of two features of z (N, D): do they repeat each other?"""
-    r = torch.corrcoef(z.T).abs()
-    return r.fill_diagonal_(math.nan).nanmean().item()  # that of a constant feature is nan, too
+    """Mean absolute correlation of two features of z (N, D): do they repeat each other?
+
+    Constant features are left out; nan if no two features vary.
+    """
+    varies = z.std(0) > 1e-6  # more than rounding
+    r = torch.corrcoef((z * varies).T).abs()  # nan for zeros
+    return r.fill_diagonal_(math.nan).nanmean().item()
 
 
 def features(models, test, test_labels, train, labels, seed):
@@ -315,7 +319,7 @@ def lab(args):
         trained = train_models(trained_on, train, seed, args.epochs, args.batch_size)
         report = (f"`python autoencoder.py --exercise {args.exercise} --data {data} --epochs "
                   f"{args.epochs} --seeds {seed + 1}`: test MSE, unless a column says otherwise; "
-                  f"mean ± standard deviation over the seeds; nan: all features are constant.\n")
+                  f"mean ± standard deviation over the seeds; nan: no two features vary.\n")
         for name in exercises:
             models = {label: trained[label] for label in TRAINED_ON[name]}
             if name == "features":

@@ -2572,9 +2572,10 @@ def test_features_by_hand():
 def test_mean_correlation_against_numpy():
     z = torch.randn(200, 5, generator=seeded()).cumsum(1)
     r = np.abs(np.corrcoef(z.numpy().T))
-    for constant in (torch.empty(200, 0), torch.ones(200, 1)):
+    for constant in (torch.empty(200, 0), torch.ones(200, 1), torch.full((200, 2), 0.3)):
         got = autoencoder.mean_correlation(torch.cat([z, constant], 1))
         close(got, r[np.triu_indices(5, 1)].mean(), 1e-5)
+    assert math.isnan(autoencoder.mean_correlation(torch.cat([z[:, :1], constant], 1)))
 
 
 def test_filters_are_those_of_the_most_active_units():
@@ -2673,7 +2674,7 @@ def test_the_labels_of_a_folder_are_its_subfolders():
         assert "mean absolute correlation" in table and "labels" not in table
         assert "| nan" not in table
         table = table_of("alike")[1]
-        assert "| nan" in table and "nan: all features are constant" in table
+        assert "| nan" in table and "nan: no two features vary" in table
 
 
 def test_the_report_on_one_autoencoder():
