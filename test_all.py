@@ -2372,7 +2372,9 @@ def test_the_autoencoder_is_six_matrix_products():
             elif i < 5:
                 expected = expected.relu()
         close(model.decode(latent), expected.sigmoid(), 1e-5)
-    close(reconstructed, expected.sigmoid().view_as(x), 1e-5)
+        close(reconstructed, expected.sigmoid().view_as(x), 1e-5)
+        loss = autoencoder.autoencoder_loss(model, x.sqrt(), x)  # against the clean images
+        close(loss, (reconstructed - x.sqrt()).square().mean(), 1e-6)
     raises(ValueError, lambda: model(torch.rand(2, 3, 32, 32)), 784)
     count = sum(p.numel() for p in model.parameters())
     assert f"{count:,} parameters" in works(autoencoder, "")
@@ -2405,70 +2407,30 @@ def test_every_label_corrupts_as_it_says():
     close(autoencoder.corrupt(x, "masking 0.3"), lab_corruption("masking 0.3", x), 0)
 
 
-def test_the_loss_is_against_the_clean_images():
-    clean, noisy = torch.rand(2, 6, 784)
-    model = autoencoder.DenoisingAutoencoder().requires_grad_(False)
-    expected = (model(noisy)[0] - clean).double().square().mean()
-    close(autoencoder.autoencoder_loss(model, clean, noisy), expected, 1e-6)
-
-
 def test_a_denoiser_beats_its_control_on_noise_and_loses_on_clean_images():
-    images, test = glyphs()[0].split([384, 128])
-    noisy = lab_corruption("gaussian 0.5", test)
-    models, _ = quiet(autoencoder.train_models, ["gaussian 0.5", "clean"], images, 0, 16, 128)
-    (dae_noisy, dae), (ae_noisy, ae) = (
-        [F.mse_loss(model(x)[0], test).item() for x in (noisy, test)] for model in models.values())
-    constant = F.mse_loss(images.mean(0).expand_as(test), test).item()
+    images, test = glyphs(400)[0].split([320, 80])
+    models, _ = quiet(autoencoder.train_models, ["gaussian 0.5", "clean"], images, 0, 8, 64)
+    table, _ = autoencoder.cross_test(models, ["gaussian 0.5", "clean"], test)
+    (dae_noisy, dae), (ae_noisy, ae), _ = (row.values() for row in table.values())
+    constant = F.mse_loss(images.mean(0).expand_as(test), test)
     assert dae_noisy < min(constant, 0.9 * ae_noisy) and ae < dae
-    for model in models.values():
-        assert not model.training and not any(p.requires_grad for p in model.parameters())
-
-
-def test_the_plain_loop_draws_every_image_once_in_an_epoch():
-    """100 images in batches of 32: 3 in an epoch, 4 images left out; new noise for each batch."""
-    images, drawn, numbers = torch.rand(100, 784), [], set()
-
-    def corrupt(clean):
-        drawn.append(clean)
-        numbers.add(torch.rand(1).item())
-        return clean
-
-    model = autoencoder.DenoisingAutoencoder()
-    same, said = quiet(autoencoder.train_autoencoder, model, images, corrupt, 2, 32)
-    assert same is model and said.startswith("6 steps, last loss 0.")
-    assert [len(batch) for batch in drawn] == [32] * 6 and len(numbers) == 6
-    first, second = torch.stack(drawn).view(2, 96, 784)
-    assert len(first.unique(dim=0)) == len(second.unique(dim=0)) == 96
-    assert not first.equal(second)
 
 
 def test_the_plain_loop_trains_what_train_py_trains():
-    """The same weights, bit for bit; 20 steps, so that 2 warm up."""
+    """The same weights, bit for bit; 20 steps, so that 2 warm up, and 20 images left out."""
     with without_reports():
         images = data.load_mnist("data", True)[0] / 255
         for label, flags in (("clean", "ae"), ("gaussian 0.3", "dae"),
-                             ("mixed", "dae --noise mixed"), ("masking 0.3", "dae --noise masking")):
-            models, said = quiet(autoencoder.train_models, [label], images, 1, 4, 64)
-            works(train, f"--data mnist --epochs 4 --batch-size 64 --seed 1 --model {flags}")
-            got = checkpoint_of(f"out/{flags.split()[0]}")
-            equal(got["model"], models[label].state_dict())
+                             ("mixed", "dae --noise mixed"),
+                             ("masking 0.3", "dae --noise masking")):
+            models, said = quiet(autoencoder.train_models, [label], images, 1, 4, 60)
+            works(train, f"--data mnist --epochs 4 --batch-size 60 --seed 1 --model {flags}")
+            got, model = checkpoint_of(f"out/{flags.split()[0]}"), models[label]
+            equal(got["model"], model.state_dict())
+            assert not model.training and not any(p.requires_grad for p in model.parameters())
             assert got["settings"]["noise"] == label
             last = f"20 steps, last loss {got['losses'][-1]:.4f}\n"
             assert said == f"trained on {label}, seed 1: {last}"
-
-
-def test_fewer_images_than_a_batch_and_a_training_that_diverges():
-    """300 images with the defaults: 10 epochs, batches of 512, learning rate 0.006, seed 0."""
-    images, weights = glyphs(300)[0], []
-    for arguments in ((), (10, 300, 0.006, 0)):
-        torch.manual_seed(0)
-        model = autoencoder.DenoisingAutoencoder()
-        quiet(autoencoder.train_autoencoder, model, images, torch.sqrt, *arguments)
-        weights.append(model.state_dict())
-    equal(*weights)
-    model.requires_grad_(True)
-    diverge = lambda: autoencoder.train_autoencoder(model, images / 0, torch.sqrt)
-    raises(ValueError, diverge, "learning rate")
 
 
 def test_the_lesson_of_the_autoencoder_needs_only_torch():
@@ -2478,8 +2440,11 @@ def test_the_lesson_of_the_autoencoder_needs_only_torch():
         exec((HERE / "autoencoder.py").read_text("utf-8"), alone)
         images, model = torch.rand(500, 1).expand(500, 784), alone["DenoisingAutoencoder"]()
         before = alone["autoencoder_loss"](model, images, corrupt(images))
-        alone["train_autoencoder"](model, images, corrupt, epochs=20, batch_size=100)
+        learn = functools.partial(alone["train_autoencoder"], model)
+        assert learn(images, corrupt, epochs=20, batch_size=100) is model
         assert alone["autoencoder_loss"](model, images, corrupt(images)) < 0.2 * before
+        model.requires_grad_(True)
+        raises(ValueError, lambda: learn(images / 0, corrupt), "learning rate")
 
 
 def test_the_cross_test_by_hand():
@@ -2539,9 +2504,8 @@ def test_linear_classifier_is_the_minimum_of_its_objective():
     """Ridge regression as least squares with six more rows, in numpy."""
     x, *others = torch.randn(3, 60, 5, generator=seeded()) + 3
     y = torch.randint(3, (60,), generator=seeded())
-    mean, scale = x.mean(0), x.var(0).mean().sqrt()
-    A, *rows = (np.pad((z - mean) / scale, ((0, 0), (0, 1)), constant_values=1)
-                for z in (x, *others))
+    scaled = [(z - x.mean(0)) / x.var(0).mean().sqrt() for z in (x, *others)]
+    A, *rows = (np.column_stack([z, np.ones(60)]) for z in scaled)
     A = np.vstack([A, math.sqrt(0.1 * 60) * np.eye(6)])
     one_hot = np.vstack([np.eye(3)[y], np.zeros((6, 3))])
     w = np.linalg.lstsq(A, one_hot, rcond=None)[0]
@@ -2552,12 +2516,11 @@ def test_linear_classifier_is_the_minimum_of_its_objective():
 def test_features_by_hand():
     images, labels = glyphs(400)
     (train_, test), (y, y_test) = images.split([300, 100]), labels.split([300, 100])
-    noisy = lab_corruption("gaussian 0.3", test)
     model = autoencoder.DenoisingAutoencoder().requires_grad_(False)
     table, _ = autoencoder.features({"clean": model}, test, y_test, train_, y, 5)
     order = torch.randperm(300, generator=seeded(5))
     for row, encode in {"trained on clean": model.encode, "pixels": torch.nn.Flatten()}.items():
-        z, *others = encode(train_), encode(test), encode(noisy)
+        z, *others = map(encode, (train_, test, lab_corruption("gaussian 0.3", test)))
         expected = {"mean absolute correlation": autoencoder.mean_correlation(others[0])}
         for few in (order[:100], order):
             classes = autoencoder.linear_classifier(z[few], y[few], *others)
@@ -2565,56 +2528,50 @@ def test_features_by_hand():
                 expected[f"{len(few)} labels, {name}"] = (found == y_test).float().mean().item()
         assert list(table[row]) == list(expected)
         close(list(table[row].values()), list(expected.values()), 0.011)
-    _, few_clean, _, clean, noisy = table["pixels"].values()
+    _, few_clean, _, clean, noisy = expected.values()
     assert clean > few_clean > 0.3 and clean > noisy
 
 
 def test_mean_correlation_against_numpy():
-    z = torch.randn(200, 5, generator=seeded()).cumsum(1)
-    r = np.abs(np.corrcoef(z.numpy().T))
-    for constant in (torch.empty(200, 0), torch.ones(200, 1), torch.full((200, 2), 0.3)):
-        got = autoencoder.mean_correlation(torch.cat([z, constant], 1))
-        close(got, r[np.triu_indices(5, 1)].mean(), 1e-5)
-    assert math.isnan(autoencoder.mean_correlation(torch.cat([z[:, :1], constant], 1)))
+    z, mean = torch.randn(200, 5, generator=seeded()).cumsum(1), autoencoder.mean_correlation
+    expected = np.abs(np.corrcoef(z.numpy().T))[np.triu_indices(5, 1)].mean()
+    constant = torch.linspace(0.1, 0.9, 9).expand(200, 9)
+    close(mean(z), expected, 1e-5)
+    close(mean(torch.cat([z, constant], 1)), expected, 1e-5)
+    assert math.isnan(mean(torch.cat([z[:, :1], constant], 1)))
 
 
 def test_filters_are_those_of_the_most_active_units():
     test, model = glyphs(100)[0], autoencoder.DenoisingAutoencoder().requires_grad_(False)
     layer = model.encoder[0]
     active = layer(test.flatten(1)).relu().std(0).argsort(descending=True)
+    weights = layer.weight[active[:16]]
+    weights /= weights.abs().amax(1, keepdim=True)
     with spied(data, "image_grid") as grids:
         autoencoder.filters({"clean": model}, test)
     ((rows,), options), = grids
     assert options["row_labels"] == ["trained on clean"]
-    for image, unit in zip(rows[0], active[:16], strict=True):
-        weight = layer.weight[unit]
-        close(image.flatten(), 0.5 + 0.5 * weight / weight.abs().max(), 1e-5)
+    close(torch.stack(rows[0]).flatten(1), 0.5 + 0.5 * weights, 1e-5)
 
 
 def test_the_documents_trainer():
-    """A notebook's loop: a DataLoader of (images, labels), noise_fn(clean_images, noise_param)."""
-    loader = torch.utils.data.DataLoader(
-        torch.utils.data.TensorDataset(*glyphs(256)), 64, shuffle=True)
-    for noise_fn, noise_param in ((noise.add_gaussian_noise, 0.3),
-                                  (noise.add_salt_pepper_noise, 0.2),
-                                  (noise.add_masking_noise, 0.3)):
-        torch.manual_seed(0)
-        model = autoencoder.DenoisingAutoencoder(784, 64)
-        optimizer = torch.optim.Adam(model.parameters(), lr=0.001)
-        epochs = []
-        for epoch in range(5):
-            total_loss = 0.0
-            for batch, _ in loader:
-                clean_images = batch.view(batch.size(0), -1)
-                noisy_images = noise_fn(clean_images, noise_param)
-                optimizer.zero_grad()
-                reconstructed, latent = model(noisy_images)
-                loss = torch.nn.MSELoss()(reconstructed, clean_images)
-                loss.backward()
-                optimizer.step()
-                total_loss += loss.item()
-            epochs.append(total_loss)
-        assert epochs[-1] < 0.6 * epochs[0], epochs
+    """A notebook's loop: batches of (images, labels), noise_fn(clean_images, noise_param)."""
+    torch.manual_seed(0)
+    dataset = torch.utils.data.TensorDataset(*glyphs(256))
+    loader = torch.utils.data.DataLoader(dataset, 64, shuffle=True)
+    model, losses = autoencoder.DenoisingAutoencoder(784, 64), []
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.001)
+    for epoch in range(5):
+        for batch, _ in loader:
+            clean_images = batch.view(batch.size(0), -1)
+            noisy_images = noise.add_salt_pepper_noise(clean_images, 0.2)
+            optimizer.zero_grad()
+            reconstructed, latent = model(noisy_images)
+            loss = torch.nn.MSELoss()(reconstructed, clean_images)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert sum(losses[-4:]) < 0.6 * sum(losses[:4]), losses
 
 
 def test_what_each_flag_of_the_lab_changes_and_what_an_interruption_leaves():
@@ -2701,31 +2658,30 @@ def test_the_lab_writes_the_tables_and_pictures_of_its_exercises():
         of_seed.append(train_models(*arguments))
         return of_seed[-1]
 
+    def result(name, seed):
+        labels, tests = exercises[name]
+        models = {label: of_seed[seed][label] for label in labels}
+        if name == "features":
+            return autoencoder.features(models, test, y_test, images, y.long(), seed)
+        if name == "progressive":
+            return autoencoder.progressive(models["gaussian 0.3"], test, seed)
+        return autoencoder.cross_test(models, tests, test)
+
+    exercises = {
+        "compare": (pair, ["clean", *noises]), "levels": (levels, levels),
+        "types": (noises, noises), "blind": (["mixed", *noises], noises + unknown),
+        "features": (pair, None), "progressive": (pair, None)}
     with tiny_sets(), patched(autoencoder, train_models=record):
         works(autoencoder, "--exercise all --out lab --epochs 1 --batch-size 160 --seeds 2")
-        (train_, y), (test, y_test) = (data.load_mnist("data", part) for part in (True, False))
-        train_, test, y = train_ / 255, test / 255, y.long()
-        exercises = {
-            "compare": (pair, ["clean", *noises]), "levels": (levels, levels),
-            "types": (noises, noises), "blind": (["mixed", *noises], noises + unknown),
-            "features": (pair, None), "progressive": (pair, None)}
+        (images, y), (test, y_test) = (data.load_mnist("data", part) for part in (True, False))
+        images, test = images / 255, test / 255
         first, *sections = Path("lab/lab.md").read_text("utf-8").split("\n## ")
         assert "--exercise all --data mnist --epochs 1 --seeds 2" in first
-        for (name, (labels, tests)), section in zip(exercises.items(), sections, strict=True):
-            results = []
-            for seed, models in enumerate(of_seed):
-                models = {label: models[label] for label in labels}
-                if name == "features":
-                    result = autoencoder.features(models, test, y_test, train_, y, seed)
-                elif name == "progressive":
-                    result = autoencoder.progressive(models["gaussian 0.3"], test, seed)
-                else:
-                    result = autoencoder.cross_test(models, tests, test)
-                results.append(result)
-            tables, pictures = zip(*results)
+        for name, section in zip(exercises, sections, strict=True):
+            tables, (picture, _) = zip(result(name, 0), result(name, 1))
             assert section == f"{name}\n\n{autoencoder.markdown(tables)}"
             drawn = pixels_of(f"lab/autoencoder-{name}.png")
-            assert np.array_equal(drawn, pixels_of(pictures[0])), name
+            assert np.array_equal(drawn, pixels_of(picture)), name
 
 
 # --------------------------------------------------------------------------------------- training
@@ -2762,23 +2718,23 @@ def equal(a, b, tolerance=0):
 
 def test_the_training_loop_by_hand():
     """Seeds, the order of the images, warming up and a cosine, gradients clipped to a norm of 1."""
-    model, images, seen = torch.nn.Linear(1, 1).double(), torch.arange(300), []
+    model, images, seen = torch.nn.Linear(1, 1, bias=False).double(), torch.arange(300), []
     optimizer = torch.optim.SGD(model.parameters(), 0.4)
 
     def loss(index):
         close(torch.rand(1), torch.rand(1, generator=seeded(7 * 1_000_003 + len(seen))), 0)
         seen.append(images[index])
-        return 1e4 * model(torch.ones(1).double()).sum()  # an enormous gradient
+        return 1e4 * model.weight.sum()  # an enormous gradient
 
     task = types.SimpleNamespace(model=model, batch_loss=loss, warmup=0.1)
     args = types.SimpleNamespace(batch_size=100, steps=30, seed=7)
     steps = train.training_loop(task, [optimizer], images, args)
     for i in range(30):
-        before = torch.cat([model.weight[0], model.bias]).detach()
+        before = model.weight.item()
         step, value = next(steps)
-        assert step == len(seen) == i + 1 and math.isfinite(value)
+        assert step == len(seen) == i + 1 and value == 1e4 * before
         rate = 0.4 * min(1, (i + 1) / 3) * 0.5 * (1 + math.cos(math.pi * i / 30))
-        close((torch.cat([model.weight[0], model.bias]) - before).norm().detach(), rate, 1e-9)
+        close(before - model.weight.item(), rate, 1e-9)
     epochs = torch.cat(seen).view(10, 300)
     close(epochs.sort()[0], images.expand(10, 300), 0)
     assert not torch.equal(epochs[0], epochs[1])
@@ -2830,9 +2786,9 @@ def test_three_steps_of_the_field_written_out():
         adamw = torch.optim.AdamW(rest.values(), 1.0, weight_decay=0.01)
         for step in range(steps):
             torch.manual_seed(42_000_126 + step)
-            halves = zip(order[8 * step:8 * step + 8].chunk(2), (True, False))
-            loss = sum(half_batch_loss(model, sched, images, index, masks, pure) / 2
-                       for index, pure in halves)
+            first, second = order[8 * step:8 * step + 8].chunk(2)
+            loss = half_batch_loss(model, sched, images, first, masks, pure=True) / 2
+            loss = loss + half_batch_loss(model, sched, images, second, masks, pure=False) / 2
             close(got["losses"][step], loss.detach(), 2e-5)
             model.zero_grad()
             loss.backward()
@@ -2846,7 +2802,6 @@ def test_three_steps_of_the_field_written_out():
             moved = sum((p - start[name]).abs().sum() for name, p in group.items())
             apart = sum((p - got["model"][name]).abs().sum() for name, p in group.items())
             assert apart < 0.03 * moved, (apart, moved)
-    assert got["step"] == 1 and got["data"] == "cifar10"
     assert {o["param_groups"][0]["weight_decay"] for o in got["optimizers"]} == {0.01}
     full = types.SimpleNamespace(model="nf", size="full", lr=1e-4)  # AdamW alone
     assert [type(o) for o in train.make_optimizers(model, full)] == [torch.optim.AdamW]
@@ -2893,9 +2848,8 @@ def test_the_closing_table_is_about_test_images():
                 table = sample.evaluate_field(net, schedule.DiffusionSchedule(), images)
                 figures = [table[method]["psnr"] for method in ("one-step mean", "kriging")]
             else:
-                clean = images.flatten(1) / 255
-                noisy = noise.add_gaussian_noise(clean, 0.3, seeded())
-                figures = [F.mse_loss(net(noisy)[0], clean).item()]
+                noisy = noise.add_gaussian_noise(images / 255, 0.3, seeded())
+                figures = [F.mse_loss(net(noisy)[0], images / 255).item()]
             close(got["tests"][-1], [2, *figures], 1e-3 if model == "nf" else 1e-6)
             with Image.open(f"out/{model}/loss.png") as image:
                 assert image.size[0] > 740 and image.getextrema() != ((255, 255),) * 3
@@ -2916,34 +2870,22 @@ def test_seconds_of_training_pay():
     """Quality: what the measured covariance and a short training of a tiny U-Net must reach."""
     images, test, sched = edges(2000, 0), edges(100, 1), schedule.DiffusionSchedule()
     covariance = nf_denoiser.pixel_covariance(images)
-    gaussian = tiny_field(("gaussian",), side=16, covariance=covariance)
     model = tiny_field(("unet",), side=16, widths=(16, 24))
-    split = data.sparse_split(test, order=data.fixed_order(0, torch.arange(100), 256))
-    x_t = sched.q_sample(split["output_values"], 400, normal(100, 51, 3, dtype=torch.float32))
-    t = torch.full((100,), 400)
 
-    def one_step(model):
+    def gain(model):
         table = sample.evaluate_field(model.eval(), sched, test)
-        return [table[name]["psnr"] for name in ("one-step mean", "kriging")]
+        return table["one-step mean"]["psnr"] - table["kriging"]["psnr"]
 
-    @torch.no_grad()
-    def figures():
-        x_0_hat = model.eval()(x_t, split["output_coords"], t, split["input_coords"],
-                               split["input_values"])
-        mse = F.mse_loss(x_0_hat, split["output_values"]).item() / 4
-        return np.array([one_step(model)[0], noise.psnr(mse)])
-
-    gained = np.subtract(*one_step(gaussian))
+    gained = gain(tiny_field(("gaussian",), side=16, covariance=covariance))
     assert gained > 0.6, gained
-    args = types.SimpleNamespace(
-        model="nf", size="small", lr=0.02, batch_size=8, steps=120, seed=0, masks="fresh",
-        parts=["unet"], pixels="grid")
+    args = types.SimpleNamespace(model="nf", size="small", lr=0.02, batch_size=8, steps=100, seed=0,
+                                 masks="fresh", parts=["unet"], pixels="grid")
     task = types.SimpleNamespace(model=model, warmup=0.02, batch_loss=lambda index: (
         train.field_loss(model.train(), sched, images, index, args)))
-    before = figures()
+    before = gain(model)
     list(train.training_loop(task, train.make_optimizers(model, args), images, args))
-    gained = figures() - before
-    assert (gained > 1.1).all(), gained
+    gained = gain(model) - before
+    assert gained > 1.1, gained
 
 
 def interrupted(line, number, when):
@@ -3019,7 +2961,7 @@ def test_a_second_signal_ends_a_run_at_once():
 
 
 def test_a_new_run_keeps_the_checkpoint_of_the_last_one():
-    line = "--model ae --data mnist --batch-size 160 --steps 2 --seed"
+    line = "--model ae --data mnist --batch-size 160 --steps 4 --seed"
     new, old = Path("out/ae/checkpoint.pt"), Path("out/ae/checkpoint-old.pt")
 
     def interrupt(*tensors):
@@ -3041,7 +2983,7 @@ def test_a_new_run_keeps_the_checkpoint_of_the_last_one():
         assert new.read_bytes() == second and old.read_bytes() == first
         assert sorted(os.listdir("out/ae")) == [
             "checkpoint-old.pt", "checkpoint.pt", "loss.png", "results.json"]
-        works(train, f"{line} 2 --resume --steps 3")
+        works(train, f"{line} 2 --resume --steps 5")
         assert old.read_bytes() == first
 
 
