@@ -4,14 +4,13 @@
     decode  reconstructed = g(latent)     64 -> 128 -> 256 -> 784
     loss    mean (reconstructed - clean)^2
 
-A plain autoencoder is the same network with noisy = clean. After Vincent et al., "Extracting and
-Composing Robust Features with Denoising Autoencoders" (ICML 2008).
+A plain autoencoder is the same network with noisy = clean. Vincent et al. (ICML 2008).
 
     python autoencoder.py                      # layers and parameters
     python train.py --model dae                # train one; --model ae is its control
     python autoencoder.py --exercise compare   # the lab: one of six exercises, or all
 
-The lesson needs only torch: copy it anywhere. The lab uses data.py and noise.py beside this file.
+The lesson needs only torch: copy it anywhere. The lab uses data.py and noise.py, too.
 """
 import argparse
 import math
@@ -24,10 +23,8 @@ from torch import nn
 
 
 class DenoisingAutoencoder(nn.Module):
-    """input_dim-256-128-latent_dim-128-256-input_dim: Vincent et al. (2008), section 2.
-
-    Each image has to pass through latent_dim numbers, far fewer than it has pixels. That is enough
-    for clean images, whose pixels depend on each other, and not enough for independent noise.
+    """Each image has to pass through latent_dim numbers, far fewer than it has pixels. That is
+    enough for clean images, whose pixels depend on each other, but not for independent noise.
     """
 
     def __init__(self, input_dim=784, latent_dim=64):
@@ -45,7 +42,7 @@ class DenoisingAutoencoder(nn.Module):
             nn.Linear(256, input_dim), nn.Sigmoid())  # pixels are between 0 and 1
         # A ReLU sets half of its inputs to 0, which halves their mean square. Weights of variance
         # 2 / (number of inputs) make up for that: He et al. (2015), eq. 10.
-        for layer in (*self.encoder, *self.decoder):
+        for layer in self.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                 nn.init.zeros_(layer.bias)
@@ -54,23 +51,16 @@ class DenoisingAutoencoder(nn.Module):
 
     @torch.no_grad()
     def init_output_bias(self, images):
-        """Make the untrained output the mean of images (N, ...) in [0, 1], the best constant.
-
-        Training then starts with what is different about each image.
-        """
+        """Make the untrained output the mean of images (N, ...) in [0, 1], the best constant, so
+        that training starts with what is different about each image. Raises as encode."""
+        check_size(images, self.input_dim)
         mean = images.flatten(1).mean(0).clamp(0.01, 0.99)
         self.decoder[-2].bias.copy_(mean.logit())  # the inverse of the sigmoid
 
     def encode(self, x):
-        """Images (B, ...) in [0, 1] -> latent (B, latent_dim).
-
-        Raises ValueError for images without input_dim values each.
-        """
-        pixels = x.flatten(1)  # (B, input_dim)
-        if pixels.shape[1] != self.input_dim:
-            raise ValueError(f"the autoencoder takes {self.input_dim} values per image, got shape "
-                             f"{tuple(x.shape)}")
-        return self.encoder(pixels)
+        """Images (B, ...) in [0, 1] -> latent (B, latent_dim). Raises ValueError."""
+        check_size(x, self.input_dim)
+        return self.encoder(x.flatten(1))
 
     def decode(self, latent):
         """latent (B, latent_dim) -> images (B, input_dim) in [0, 1]."""
@@ -85,12 +75,11 @@ class DenoisingAutoencoder(nn.Module):
 def autoencoder_loss(model, clean, noisy):
     """Mean squared error of the reconstructed images against the clean ones, (B, ...) in [0, 1].
 
-    Vincent et al. (2008), section 2, with squared error for cross-entropy. With noisy images as the
-    target, the network would learn to copy its input, noise included. With clean ones it has to
-    tell drawing from noise. The output with the least error is the mean of all clean images that
-    could lie behind the noisy one.
+    Vincent et al. (2008), section 2, with squared error for cross-entropy. Against noisy images the
+    network would learn to copy its input. Against clean ones it has to tell drawing from noise: the
+    least error has the mean of all clean images that could lie behind the noisy one.
     """
-    reconstructed, latent = model(noisy)
+    reconstructed, _ = model(noisy)
     return F.mse_loss(reconstructed, clean)
 
 
@@ -98,9 +87,8 @@ def train_autoencoder(model, images, corrupt, epochs=10, batch_size=512, lr=6e-3
     """Train a DenoisingAutoencoder on images, float (N, ...) in [0, 1]; return it for evaluation.
 
     corrupt: a function images -> noisy images of the same shape, such as add_gaussian_noise; the
-    identity trains a plain autoencoder. It is called for each batch: the same image gets new noise
-    in each epoch, so there is no noise to memorise. The weights returned are frozen
-    (requires_grad_(True) undoes it). Raises ValueError if the last loss is not finite.
+    identity trains a plain autoencoder. Each batch gets new noise, so there is none to memorise.
+    The weights returned are frozen. Raises ValueError if the last loss is not finite.
     """
     model.init_output_bias(images)
     optimizer = torch.optim.Adam(model.parameters(), lr, fused=True)
@@ -120,8 +108,7 @@ def train_autoencoder(model, images, corrupt, epochs=10, batch_size=512, lr=6e-3
             # and smaller, to settle in spite of random batches: Loshchilov & Hutter (2017), eq. 5.
             rate = min(1.0, (step + 1) / (0.1 * steps))
             rate *= 0.5 * (1 + math.cos(math.pi * step / steps))
-            for group in optimizer.param_groups:
-                group["lr"] = lr * rate
+            optimizer.param_groups[0]["lr"] = lr * rate
             optimizer.step()
             step += 1
     if not loss.isfinite():
@@ -131,6 +118,12 @@ def train_autoencoder(model, images, corrupt, epochs=10, batch_size=512, lr=6e-3
 
 
 # ===================== below: the lab, its tables and pictures, command line
+def check_size(images, input_dim):
+    if images[0].numel() != input_dim:
+        raise ValueError(f"the autoencoder takes images of {input_dim} values, such as those of "
+                         f"MNIST, and got shape {tuple(images.shape)}")
+
+
 # A label says how images are corrupted: see corrupt. It is their name in tables and in pictures.
 PAIR = ["clean", "gaussian 0.3"]  # the plain autoencoder and the denoiser
 SPECIALISTS = ["gaussian 0.3", "salt_pepper 0.2", "masking 0.3"]
@@ -163,7 +156,12 @@ def corrupt(images, label, generator=None):
     return images
 
 
-def train_models(labels, images, seed, epochs, batch_size=512):
+def corrupt_test(images, label):
+    """corrupt, with the same noise in every call."""
+    return corrupt(images, label, torch.Generator(images.device).manual_seed(0))
+
+
+def train_models(labels, images, seed, epochs, batch_size):
     """{label: a model trained on it}. images: float (N, 1, 28, 28) in [0, 1]."""
     models = {}
     for label in labels:
@@ -185,77 +183,61 @@ def cross_test(models, labels, test, count=1):
     The picture shows the first `count` images, and what each model makes of them.
     """
     from data import image_grid
-    table = {row: {} for row in (*(f"trained on {name}" for name in models), "left alone")}
-    rows = []
+    table, rows = {f"trained on {name}": {} for name in models}, []
+    table["left alone"] = {}
     for label in labels:
-        generator = torch.Generator(test.device).manual_seed(0)
-        noisy = corrupt(test, label, generator)
-        table["left alone"][label] = F.mse_loss(noisy, test).item()
-        shown = [test, noisy]
-        for name, model in models.items():
-            reconstructed = model(noisy)[0]
-            table[f"trained on {name}"][label] = F.mse_loss(reconstructed, test).item()
-            shown.append(reconstructed)
+        noisy = corrupt_test(test, label)
+        outputs = [model(noisy)[0] for model in models.values()]
+        for row, x in zip(table.values(), (*outputs, noisy)):
+            row[label] = F.mse_loss(x, test).item()
+        shown = [test, noisy, *outputs]
         rows.append([images[i] for i in range(count) for images in shown])
     return table, image_grid(rows, ["truth", "input", *models] * count, labels)
 
 
-def linear_classifier(x, labels):
-    """Ridge regression to one-hot labels: a function x (N, D) -> labels (N,).
+def linear_classifier(x, labels, *others):
+    """The classes of other features by ridge regression to one-hot labels: a list of int64 (M,).
 
-    x: float (N, D), labels: int64 (N,). Minimises mean |A w - one_hot|^2 + 0.1 |w|^2 with
-    A = [x, 1], where each feature is centred, then all are divided by one common scale.
+    x: float (N, D), labels: int64 (N,), others: (M, D). Minimises mean |A w - one_hot|^2 +
+    0.1 |w|^2 with A = [x, 1], where each feature is centred, then all are divided by one scale.
     """
     mean = x.mean(0)
     scale = x.var(0).mean().sqrt() + 1e-8
-
-    def add_one(x):
-        return F.pad((x - mean) / scale, (0, 1), value=1)
-
-    def classify(x):
-        return (add_one(x) @ w).argmax(1)
-
-    A = add_one(x)
+    A, *others = [F.pad((z - mean) / scale, (0, 1), value=1) for z in (x, *others)]
     target = F.one_hot(labels).to(x)
     penalty = 0.1 * len(x) * torch.eye(A.shape[1], device=x.device)
     w = torch.linalg.solve(A.T @ A + penalty, A.T @ target)
-    return classify
-
-
-def accuracies(z, labels, z_test, z_noisy, test_labels, seed):
-    """Of linear classifiers that learn from few or many labels: do the features separate digits?"""
-    figures = {}
-    order = torch.randperm(len(z), generator=torch.Generator().manual_seed(seed)).to(z.device)
-    for count in (100, 1000, len(z)):
-        chosen = order[:count]
-        classify = linear_classifier(z[chosen], labels[chosen])
-        for name, x in (("clean", z_test), ("noisy", z_noisy)):
-            correct = classify(x) == test_labels
-            figures[f"{len(chosen):,} labels, {name}"] = correct.float().mean().item()
-    return figures
+    return [(z @ w).argmax(1) for z in others]
 
 
 def mean_correlation(z):
-    """Mean absolute correlation of two features of z (N, D): do they repeat each other?"""
-    r = torch.corrcoef(z.T).abs()
-    return r.fill_diagonal_(math.nan).nanmean().item()  # that of a constant feature is nan, too
+    """Mean absolute correlation of two features of z (N, D): do they repeat each other?
+
+    Constant features are left out; nan if no two features vary.
+    """
+    varies = z.std(0) > 1e-6  # more than rounding
+    r = torch.corrcoef((z * varies).T).abs()  # nan for zeros
+    return r.fill_diagonal_(math.nan).nanmean().item()
 
 
 def features(models, test, test_labels, train, labels, seed):
-    """The latents of each model as features, and the pixels. labels: int64 (N,), from 0 on.
-
-    Without labels (all 0) there are no accuracies.
+    """The latents of each model as features, and the pixels: do linear classifiers that learn from
+    few or many labels separate the digits? labels: int64 (N,), from 0 on; all 0: there are none.
     """
-    generator = torch.Generator(test.device).manual_seed(0)
-    noisy = corrupt(test, "gaussian 0.3", generator)
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+    noisy = corrupt_test(test, "gaussian 0.3")
     encoders = {f"trained on {label}": model.encode for label, model in models.items()}
     encoders["pixels"] = nn.Flatten()
     table = {}
     for row, encode in encoders.items():
-        z, z_test, z_noisy = encode(train), encode(test), encode(noisy)
+        z, z_test = encode(train), encode(test)
         table[row] = {"mean absolute correlation": mean_correlation(z_test)}
-        if labels.any():
-            table[row] |= accuracies(z, labels, z_test, z_noisy, test_labels, seed)
+        for count in (100, 1000, len(z)) if labels.any() else ():
+            chosen = order[:count].to(z.device)
+            classes = linear_classifier(z[chosen], labels[chosen], z_test, encode(noisy))
+            for name, found in zip(("clean", "noisy"), classes):
+                correct = (found == test_labels).float().mean().item()
+                table[row][f"{len(chosen):,} labels, {name}"] = correct
     return table, filters(models, test)
 
 
@@ -266,7 +248,7 @@ def filters(models, test):
     for model in models.values():
         layer = model.encoder[0]
         spread = layer(test.flatten(1)).relu().std(0)
-        weight = layer.weight[spread.argsort(descending=True)[:16]].view(-1, 1, 28, 28)
+        weight = layer.weight[spread.topk(16).indices].view(-1, 1, 28, 28)
         rows.append([0.5 + 0.5 * image / image.abs().max() for image in weight])
     return image_grid(rows, row_labels=[f"trained on {label}" for label in models], zoom=3)
 
@@ -274,19 +256,18 @@ def filters(models, test):
 def progressive(model, test, seed, passes=10):
     """Very noisy images: the output is fed back into the model, as it is or with new noise."""
     from data import image_grid
-    generator = torch.Generator(test.device).manual_seed(0)
-    noisy = corrupt(test, "gaussian 0.5 + masking 0.3", generator)
+    noisy = corrupt_test(test, "gaussian 0.5 + masking 0.3")
     names = ["input", *(f"pass {i + 1}" for i in range(passes))]
-    table, rows = {name: {} for name in names}, []
     columns = {"nothing added": "clean", "noise 0.1 added": "gaussian 0.1"}
+    table, rows = {name: {} for name in names}, []
     for column, label in columns.items():
         generator = torch.Generator(test.device).manual_seed(seed)
         outputs = [noisy]
         for _ in range(passes):
             x = corrupt(outputs[-1], label, generator)
             outputs.append(model(x)[0])
-        for name, x in zip(names, outputs):
-            table[name][column] = F.mse_loss(x, test).item()
+        for row, x in zip(table.values(), outputs):
+            row[column] = F.mse_loss(x, test).item()
         rows.append([x[0] for x in (test, *outputs)])
     return table, image_grid(rows, ["truth", *names], list(columns), zoom=3)
 
@@ -297,14 +278,11 @@ def markdown(tables):
     columns = list(next(iter(tables[0].values())))
     lines = [["", *columns], ["---"] * (1 + len(columns))]
     for row in tables[0]:
-        line = [row]
+        lines.append([row])
         for column in columns:
             figures = torch.tensor([table[row][column] for table in tables])
-            cell = f"{figures.mean():.4f}"
-            if (figures != figures[0]).any():
-                cell += f" ± {figures.std():.4f}"
-            line.append(cell)
-        lines.append(line)
+            deviation = f" ± {figures.std():.4f}" if figures.min() < figures.max() else ""
+            lines[-1].append(f"{figures.mean():.4f}{deviation}")
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "".join(f"| {' | '.join(map(str.ljust, line, widths))} |\n" for line in lines)
 
@@ -324,23 +302,24 @@ def report_autoencoder(model, images, folder, trained_on):
 
 
 def lab(args):
-    """Train what the exercises need, print their tables, write them to lab.md, draw pictures."""
+    """Train what the exercises need; after each seed write lab.md and the pictures."""
     from data import load_dataset
     device = "cuda" if torch.cuda.is_available() else "cpu"
     data, train, labels = load_dataset(args.data, args.data_dir, train=True, real="mnist")
     _, test, test_labels = load_dataset(data, args.data_dir, train=False, real="mnist")
-    if train.shape[1:] != (1, 28, 28):
-        raise ValueError(f"the lab takes 28 x 28 grey images: --data mnist or glyphs, not {data}")
     train, test = train.to(device) / 255, test.to(device) / 255
     labels, test_labels = labels.to(device).long(), test_labels.to(device)
-    args.out.mkdir(parents=True, exist_ok=True)
     exercises = list(TRAINED_ON) if args.exercise == "all" else [args.exercise]
     if "features" in exercises and not labels.any():
         print(f"notice: {data} has no subfolders, so no labels: features are not classified")
     trained_on = dict.fromkeys(label for name in exercises for label in TRAINED_ON[name])
     tables = {name: [] for name in exercises}
+    args.out.mkdir(parents=True, exist_ok=True)
     for seed in range(args.seeds):
         trained = train_models(trained_on, train, seed, args.epochs, args.batch_size)
+        report = (f"`python autoencoder.py --exercise {args.exercise} --data {data} --epochs "
+                  f"{args.epochs} --seeds {seed + 1}`: test MSE, unless a column says otherwise; "
+                  f"mean ± standard deviation over the seeds; nan: no two features vary.\n")
         for name in exercises:
             models = {label: trained[label] for label in TRAINED_ON[name]}
             if name == "features":
@@ -350,15 +329,12 @@ def lab(args):
             else:
                 table, picture = cross_test(models, TESTED_ON[name], test)
             tables[name].append(table)
+            report += f"\n## {name}\n\n{markdown(tables[name])}"
             if seed == 0:
                 picture.save(args.out / f"autoencoder-{name}.png")
-    report = (f"`python autoencoder.py --exercise {args.exercise} --data {data} --epochs "
-              f"{args.epochs} --seeds {args.seeds}`: test MSE, unless a column says otherwise; "
-              f"mean ± standard deviation over the seeds.\n")
-    for name in exercises:
-        report += f"\n## {name}\n\n{markdown(tables[name])}"
-    (args.out / "lab.md").write_text(report, encoding="utf-8")
-    print(f"{report}\nwritten to {args.out}: lab.md and a picture for each exercise")
+        (args.out / "lab.md").write_text(report, encoding="utf-8")
+        print(f"written to {args.out}: lab.md, seeds {seed + 1} of {args.seeds}, and pictures")
+    print(report)
 
 
 def main():
@@ -370,8 +346,8 @@ def main():
     add("--epochs", type=int, default=10, help="default %(default)s")
     add("--batch-size", type=int, default=512)
     add("--data", default="auto", help="auto, mnist, glyphs or a folder")
-    add("--data-dir", type=Path, default=Path("data"), help="folder of the data sets")
-    add("--out", type=Path, default=Path("out"), help="folder for the tables and pictures")
+    add("--data-dir", type=Path, default="data", help="folder of the data sets")
+    add("--out", type=Path, default="out", help="folder for the tables and pictures")
     args = parser.parse_args()
     if min(args.seeds, args.epochs, args.batch_size) < 1:
         parser.error("--seeds, --epochs and --batch-size must be at least 1")

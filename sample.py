@@ -17,6 +17,7 @@ import os
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # before torch is imported
 import argparse
+import contextlib
 import io
 import json
 import math
@@ -544,6 +545,8 @@ def check_place(path):
     temporary = path.with_name(path.name + ".part")  # as in write_whole
     temporary.touch()
     temporary.unlink()
+    with contextlib.suppress(OSError):  # unless it is empty: there may be nothing to write
+        path.parent.rmdir()
 
 
 def export(model, checkpoint, path):
