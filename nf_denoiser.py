@@ -54,10 +54,7 @@ class Attention(nn.Module):
 
     def __init__(self, dim, num_heads, placed=False):
         super().__init__()
-        multiple = 4 * num_heads if placed else num_heads
-        if dim % multiple:
-            raise ValueError(f"latent_dim ({dim}) must be a multiple of {multiple}, for "
-                             f"num_heads ({num_heads})")
+        check_heads(dim, num_heads, placed)
         self.num_heads = num_heads
         self.to_q = nn.Linear(dim, dim, bias=False)
         self.to_k = nn.Linear(dim, dim, bias=False)
@@ -69,9 +66,10 @@ class Attention(nn.Module):
             self.log_reach = nn.Parameter(torch.linspace(first, last, num_heads))
 
     def forward(self, x, context, x_coords=None, context_coords=None, log_w=None):
-        q = self.split_heads(self.to_q(x))                                 # (B, heads, N, d)
-        k = self.split_heads(self.to_k(context))                           # (B, heads, M, d)
-        v = self.split_heads(self.to_v(context))
+        heads = self.num_heads, -1
+        q = self.to_q(x).unflatten(2, heads).transpose(1, 2)               # (B, heads, N, d)
+        k = self.to_k(context).unflatten(2, heads).transpose(1, 2)         # (B, heads, M, d)
+        v = self.to_v(context).unflatten(2, heads).transpose(1, 2)
         d = q.shape[-1]
         q = q / math.sqrt(d)
         if self.log_reach is not None:
@@ -91,10 +89,6 @@ class Attention(nn.Module):
         with torch.autocast(x.device.type, enabled=False):  # bf16 would round the distances
             y = F.scaled_dot_product_attention(q, k.to(q), v.to(q), log_w, scale=1.0)
         return self.to_out(y[..., :d].transpose(1, 2).flatten(2))          # (B, N, dim)
-
-    def split_heads(self, x):
-        """(B, N, dim) -> (B, heads, N, dim / heads)."""
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
 class PerceiverIO(nn.Module):
@@ -592,6 +586,13 @@ def read_at(image, coords):
     """Bilinear interpolation of image (B, C, H, W) at coords (B, N, 2) in [0, 1]: (B, N, C)."""
     grid = 2 * coords[:, :, None] - 1                                      # (B, N, 1, 2)
     return F.grid_sample(image.to(grid), grid, align_corners=True)[..., 0].mT
+
+
+def check_heads(dim, num_heads, placed):
+    multiple = 4 * num_heads if placed else num_heads
+    if dim % multiple:
+        raise ValueError(f"latent_dim ({dim}) must be a multiple of {multiple}, for num_heads "
+                         f"({num_heads})")
 
 
 def check_parts(parts, widths, side):

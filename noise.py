@@ -59,6 +59,7 @@ def psnr(mse):
     return -10 * math.log10(max(mse, 1e-10))
 
 
+# ============== below: SSIM, mixed noise, random numbers, checks, command line, picture
 def ssim(a, b):
     """Structural similarity of images (B, C, H, W) in [0, 1]: (B,). Wang et al. (2004), eq. 13.
 
@@ -86,7 +87,6 @@ def ssim(a, b):
     return (luminance * structure).mean(1)
 
 
-# ===================== below: mixed noise, random numbers, checks, command line, picture
 def add_mixed_noise(images, generator=None):
     """Corrupt each image with one of the three noises, each at its own random strength.
 
