@@ -675,7 +675,8 @@ def main(argv=None):
     for path in filter(None, (args.json, args.export)):
         check_place(path)
         if path.exists() and path.samefile(args.checkpoint):
-            raise ValueError(f"{path} is the checkpoint itself: choose another name")
+            raise ValueError(f"--json or --export {path} is the checkpoint itself, which could not "
+                             f"be resumed any more: choose another name")
     model, checkpoint = load_checkpoint(args.checkpoint, args.device)
     kind, settings = checkpoint["kind"], checkpoint["settings"]
     print(f"{args.checkpoint}: {kind}, {checkpoint['step']:,} steps on {checkpoint['data']}")
