@@ -790,7 +790,8 @@ def discs_of_leaves():
 
 
 def test_leaves_are_discs_of_the_stated_radii_and_colours():
-    _, _, r, fill, _ = discs_of_leaves()
+    x, y, r, fill, _ = discs_of_leaves()
+    close([x.min(), x.max(), y.min(), y.max()], [-40, 1064, -40, 1064], 1)
     u = np.sort((3**-2 - r**-2) / (3**-2 - 40**-2))  # the distribution function: uniform if r^-3
     close(u, np.linspace(0, 1, len(u)), 1.63 / len(u) ** 0.5)  # Kolmogorov, 1 %
     close(u[[0, -1]], [0, 1], 0.001)
@@ -803,7 +804,7 @@ def test_of_leaves_the_last_disc_over_a_pixel_is_seen():
     *discs, tiles = discs_of_leaves()
     x, y, r, fill = (values[::-1] for values in discs)
     same = []
-    for row, column in bytes_((300, 2), seed=1):  # of 8 x 8 tiles at the top left
+    for row, column in np.random.default_rng(0).integers(1024, size=(300, 2)):
         last = np.argmax(np.hypot(x - column - 0.5, y - row - 0.5) < r)
         tile = tiles[row // 32 * 32 + column // 32]
         same.append((tile[:, row % 32, column % 32] == fill[last]).all())
@@ -1053,22 +1054,22 @@ def find(picture, image):
 
 
 def test_a_grid_shows_images_in_their_places_beside_their_labels():
-    red, blue, grey = torch.rand(3, 3, 5, 7, generator=seeded()) * 3 - 1  # beyond [0, 1]
+    one, two, grey = torch.rand(3, 3, 5, 7, generator=seeded()) * 3 - 1  # beyond [0, 1]
     columns, rows = ["column 1", "column 2"], ["a long name of row 1", "row 2"]
-    captions = [["of red"], ["of blue", "of grey"]]
+    captions = [["of one"], ["of two", "of grey"]]
     for labels in ((), (columns, rows, captions)):
-        grid, texts = drawn(data.image_grid, [[red], [blue, grey[:1]]], *labels, zoom=3)
-        left, top = find(grid, red)
+        grid, texts = drawn(data.image_grid, [[one], [two, grey[:1]]], *labels, zoom=3)
+        left, top = find(grid, one)
         right, bottom = find(grid, grey[:1])
-        assert find(grid, blue) == (left, bottom)
+        assert find(grid, two) == (left, bottom)
         assert right > left + 21 and bottom > top + 15
     assert dict(texts) == {
         "column 1": (left + 10.5, 5),
         "column 2": (right + 10.5, 5),
         "a long name of row 1": (6, top + 7.5),
         "row 2": (6, bottom + 7.5),
-        "of red": (left + 10.5, top + 17),
-        "of blue": (left + 10.5, bottom + 17),
+        "of one": (left + 10.5, top + 17),
+        "of two": (left + 10.5, bottom + 17),
         "of grey": (right + 10.5, bottom + 17)}
     assert top > 5 + 13 and bottom > top + 17 + 13  # texts are 13 pixels high
     assert left > 6 + ImageFont.load_default(13).getlength(rows[0])
