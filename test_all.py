@@ -3329,6 +3329,20 @@ def restored(flags, name="photo"):
     return works(sample, f"m.pt --image {flags}"), pixels_of(f"out/nf/{name}-restored.png")
 
 
+def test_every_other_window_is_mirrored():
+    model = tiny_field()
+    sched = schedule.DiffusionSchedule()
+    _, out, _, coords, values = random_problem()
+    got = sample.mean_of_windows(model, sched, out, coords, values)
+    x_mirrored = torch.tensor([[[0, 0]], [[1, 0]]])  # in the second of two
+    for i in range(2):
+        where = (x_mirrored[i] - x[i:i + 1] for x in (out, coords))
+        where = [x.abs() for x in where]
+        alone = model(None, where[0], torch.tensor([999]), where[1], values[i:i + 1])
+        close(got[i:i + 1], alone, 1e-5)
+    assert not got.requires_grad
+
+
 def test_a_photograph_is_restored_by_the_one_step_mean():
     photo, _ = photograph()
     with folder(), spied(sample, "image_grid") as drawn:
@@ -3347,7 +3361,7 @@ def test_a_photograph_is_restored_by_the_one_step_mean():
     for name, answer, *more in (
             ("nearest", sample.nearest),
             ("kriging", sample.kriging, K),
-            ("one-step mean", nf_denoiser.one_step_mean)):
+            ("one-step mean", sample.mean_of_windows)):
         before = (model, sched) if name == "one-step mean" else ()
         filled = sample.restore(given, known, lambda *where: answer(*before, *where, *more))
         shown = data.to_unit(filled)
