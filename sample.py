@@ -240,10 +240,10 @@ class PrecisionField(GaussianField):
         side = math.isqrt(len(self.Q))
         seen = scatter(input_coords, torch.ones_like(y_in[..., :1]), side).flatten(2)
         y = scatter(input_coords, y_in, side).flatten(2)                       # (B, C, P)
-        for image, given in zip(y, seen[:, 0]):
+        for image, given, right in zip(y, seen[:, 0], y @ self.Q):
             m = (given == 0).nonzero()[:, 0]
-            factor = torch.linalg.cholesky(self.Q[m][:, m])
-            image[:, m] = -torch.cholesky_solve(self.Q[m] @ image.T, factor).T
+            factor = torch.linalg.cholesky(self.Q[m[:, None], m])
+            image[:, m] = -torch.cholesky_solve(right[:, m].T, factor).T
         weights = y @ self.Q
         variance = likely_variance((y * weights).sum(dim=2), seen.sum(dim=2))  # (B, C)
         # K w is y - D w at the seen pixels; at the missing ones, where w is 0, it is y
