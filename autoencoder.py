@@ -51,8 +51,8 @@ class DenoisingAutoencoder(nn.Module):
 
     @torch.no_grad()
     def init_output_bias(self, images):
-        """Make the untrained output the mean of images (N, ...) in [0, 1], the best constant, so
-        that training starts with what is different about each image. Raises as encode."""
+        """Bring the untrained output close to the mean of images (N, ...) in [0, 1], so that
+        training starts with what is different about each image. Raises as encode."""
         check_size(images, self.input_dim)
         mean = images.flatten(1).mean(0).clamp(0.01, 0.99)
         self.decoder[-2].bias.copy_(mean.logit())  # the inverse of the sigmoid
@@ -76,8 +76,8 @@ def autoencoder_loss(model, clean, noisy):
     """Mean squared error of the reconstructed images against the clean ones, (B, ...) in [0, 1].
 
     Vincent et al. (2008), section 2, with squared error for cross-entropy. Against noisy images the
-    network would learn to copy its input. Against clean ones it has to tell drawing from noise: the
-    least error has the mean of all clean images that could lie behind the noisy one.
+    network would learn to copy its input. Against clean ones it has to tell drawing from noise: its
+    best answer is the mean of all clean images that could lie behind the noisy one.
     """
     reconstructed, _ = model(noisy)
     return F.mse_loss(reconstructed, clean)
@@ -95,7 +95,7 @@ def train_autoencoder(model, images, corrupt, epochs=10, batch_size=512, lr=6e-3
     batches = max(1, len(images) // batch_size)  # in an epoch; an incomplete last one is left out
     steps, step = epochs * batches, 0
     for epoch in range(epochs):
-        torch.manual_seed(seed * 1_000_003 + epoch)  # the seeds of train.py: the same weights
+        torch.manual_seed(seed * 1_000_003 + epoch)  # seeded as in train.py: the same weights
         order = torch.randperm(len(images)).to(images.device)
         for index in order.split(batch_size)[:batches]:
             torch.manual_seed(seed * 1_000_003 + step)

@@ -55,22 +55,6 @@ def load_mnist(root, train):
     return images[:, None], labels
 
 
-def parse_idx(file, shape):
-    """The items of the given shape in an IDX file that is open: uint8 (N, *shape).
-
-    It starts with big-endian 32-bit numbers: 0x0800 (the values are uint8) plus the number of
-    dimensions, then the size of each one. The values follow, the last dimension fastest. Raises
-    ValueError if the header is not that of (N, *shape) with N > 0."""
-    size = 2 + len(shape)
-    header = np.frombuffer(file.read(4 * size), ">u4", size).tolist()
-    count = min(header[1], 1_000_000)  # EMNIST has 697,932
-    content = file.read((count + 1) * math.prod(shape))  # an item too many is enough
-    items = np.frombuffer(content, np.uint8).reshape(-1, *shape)
-    if header != [0x0800 + items.ndim, len(items) or 1, *shape]:
-        raise ValueError(f"header {header} for {len(items):,} items")
-    return torch.tensor(items)
-
-
 def to_signed(images):
     """The networks' range, centred on 0: uint8 in 0..255 or float in [0, 1], to [-1, 1]."""
     if images.dtype == torch.uint8:
@@ -189,6 +173,22 @@ def read_cifar10_records(root, name):
     if count < 10_000:
         print(f"notice: {path.name} holds {count:,} of 10,000 images")
     return torch.from_numpy(content.reshape(count, 3073))
+
+
+def parse_idx(file, shape):
+    """The items of the given shape in an IDX file that is open: uint8 (N, *shape).
+
+    It starts with big-endian 32-bit numbers: 0x0800 (the values are uint8) plus the number of
+    dimensions, then the size of each one. The values follow, the last dimension fastest. Raises
+    ValueError if the header is not that of (N, *shape) with N > 0."""
+    size = 2 + len(shape)
+    header = np.frombuffer(file.read(4 * size), ">u4", size).tolist()
+    count = min(header[1], 1_000_000)  # EMNIST has 697,932
+    content = file.read((count + 1) * math.prod(shape))  # an item too many is enough
+    items = np.frombuffer(content, np.uint8).reshape(-1, *shape)
+    if header != [0x0800 + items.ndim, len(items) or 1, *shape]:
+        raise ValueError(f"header {header} for {len(items):,} items")
+    return torch.tensor(items)
 
 
 def read_idx(root, name, shape):

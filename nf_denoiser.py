@@ -18,9 +18,9 @@ output values directly, and is trained on its mean squared error:
 
 Each part can be left out (train.py --parts). python nf_denoiser.py prints their parameters.
 
-Papers: Perceiver IO (Jaegle et al., 2021, arXiv 2107.14795); Gaussian Processes for Machine
-Learning (Rasmussen & Williams, 2006); U-Net (Ronneberger et al., 2015, arXiv 1505.04597); DDPM
-(Ho et al., 2020, arXiv 2006.11239). Needs torch: copy it anywhere; the command needs data.py, too.
+Perceiver IO: Jaegle et al. (2021, arXiv 2107.14795). Gaussian Processes for Machine Learning:
+Rasmussen & Williams (2006). U-Net: Ronneberger et al. (2015, arXiv 1505.04597).
+Needs torch, to sample also schedule.py: copy it anywhere.
 """
 import argparse
 import math
@@ -38,14 +38,15 @@ class Attention(nn.Module):
 
     Each head replaces a vector by a weighted mean of the values v_j of its context:
 
-        logits_ij  = q_i . k_j / sqrt(d) - |p_i - p_j|^2 / (2 reach^2) + log w_j
+        logits_ij  = R_i q_i . R_j k_j / sqrt(d) - |p_i - p_j|^2 / (2 reach^2) + log w_j
         weights_ij = exp(logits_ij) / sum_j exp(logits_ij)                        (softmax)
         y_i        = sum_j weights_ij v_j
 
-    The first term says how alike query and key are. The second, with the coordinates p, makes the
-    weights fall with distance like a Gaussian of standard deviation `reach`, one for each head:
-    while to_q is zero, attention is kernel regression (Nadaraya, 1964). The third multiplies the
-    weight of j by w_j, since exp(a + log w) = w exp(a).
+    The first term says how alike query and key are, seen from each other: `rotate` (R) makes it
+    depend on p_i - p_j, too. The second, with the coordinates p, makes the weights fall with
+    distance like a Gaussian of standard deviation `reach`, one for each head: alone it would be
+    kernel regression (Nadaraya, 1964). The third multiplies the weight of j by w_j, since
+    exp(a + log w) = w exp(a).
 
     x (B, N, dim) attends to context (B, M, dim) -> (B, N, dim). log_w: (B, M) or None. With
     placed=True the coordinates (B, N, 2) and (B, M, 2) are needed, otherwise they are not used.
@@ -66,10 +67,10 @@ class Attention(nn.Module):
             self.log_reach = nn.Parameter(torch.linspace(first, last, num_heads))
 
     def forward(self, x, context, x_coords=None, context_coords=None, log_w=None):
-        heads = self.num_heads, -1
-        q = self.to_q(x).unflatten(2, heads).transpose(1, 2)               # (B, heads, N, d)
-        k = self.to_k(context).unflatten(2, heads).transpose(1, 2)         # (B, heads, M, d)
-        v = self.to_v(context).unflatten(2, heads).transpose(1, 2)
+        split = self.num_heads, -1
+        q = self.to_q(x).unflatten(2, split).transpose(1, 2)               # (B, heads, N, d)
+        k = self.to_k(context).unflatten(2, split).transpose(1, 2)         # (B, heads, M, d)
+        v = self.to_v(context).unflatten(2, split).transpose(1, 2)
         d = q.shape[-1]
         q = q / math.sqrt(d)
         if self.log_reach is not None:
@@ -79,15 +80,15 @@ class Attention(nn.Module):
             p = x_coords[:, None] - 0.5        # from the centre: smaller numbers, smaller errors
             p_context = (context_coords[:, None] - 0.5).expand(*k.shape[:3], 2)
             squared = p_context.square().sum(dim=-1, keepdim=True)         # (B, heads, M, 1)
-            precision = torch.exp(-2 * self.log_reach)[:, None, None]      # 1 / reach^2
+            inverse = torch.exp(-2 * self.log_reach)[:, None, None]        # 1 / reach^2
             one = p.new_ones(*q.shape[:3], 1)
-            q = torch.cat([rotate(q, x_coords), precision * p, one], dim=-1)
-            k = torch.cat([rotate(k, context_coords), p_context, -precision / 2 * squared], dim=-1)
+            q = torch.cat([rotate(q, x_coords), inverse * p, one], dim=-1)
+            k = torch.cat([rotate(k, context_coords), p_context, -inverse / 2 * squared], dim=-1)
             v = F.pad(v, (0, 3))  # the fast kernels need one width for q, k and v
         if log_w is not None:
             log_w = log_w[:, None, None].to(q)                             # (B, 1, 1, M)
         with torch.autocast(x.device.type, enabled=False):  # bf16 would round the distances
-            y = F.scaled_dot_product_attention(q, k.to(q), v.to(q), log_w, scale=1.0)
+            y = F.scaled_dot_product_attention(q, k.to(q), v.to(q), attn_mask=log_w, scale=1.0)
         return self.to_out(y[..., :d].transpose(1, 2).flatten(2))          # (B, N, dim)
 
 
@@ -95,7 +96,8 @@ class PerceiverIO(nn.Module):
     """A set of vectors in, an answer for each query out. Perceiver IO (Jaegle et al.), fig. 2.
 
     Latents read the inputs (encoder), then each other (processor); queries read the latents
-    (decoder). The cost grows like num_latents * (N + M) and not like (N + M)^2.
+    (decoder). Each step is a Block: attention, then an MLP, each added to its input. With few
+    latents that costs less than if all vectors read each other.
 
     num_latents=None places a latent at each input: it starts as that input and attends by distance,
     so it can interpolate from the first step. A number takes so many learned vectors without a
@@ -147,19 +149,21 @@ class PerceiverIO(nn.Module):
 class GaussianField(nn.Module):
     """Posterior mean of an image, given clean and noisy pixels, if it were a Gaussian random field.
 
-    Such a field knows only how alike any two pixels are: their covariance K. Its best guess for all
-    pixels, given values y at some of them, is the solution of a linear system, known as kriging:
+    Such a field knows only how alike any two pixels are: their covariance K. From one seen pixel
+    the best guess for another is K(other, seen) / (K(seen, seen) + D) y: the noisier or the less
+    alike, the nearer to the mean. From several, it solves a linear system, known as kriging:
 
-        posterior_mean = K(all, seen) (K(seen, seen) + D)^-1 y      Rasmussen & Williams, eq. 2.25
+        posterior_mean = K(all, seen) (K(seen, seen) + D)^-1 y      Rasmussen & Williams, eq. 2.23
 
-    with the noise variances of y on the diagonal of D. Attention is its learned cousin: again a
-    weighted sum of values, but with weights that a network finds.
+    with the noise variances of y on the diagonal of D. Attention, too, is a weighted sum of values,
+    but with weights that a network finds.
 
     covariance: (P, P) between the P = side * side pixels of the image, mean of the diagonal 1. The
-    covariance of channel c is this times variance_c, which is estimated from the input pixels.
+    covariance of channel c is this times variance_c, which is estimated from the input pixels; so
+    D, too, is in units of variance_c.
     """
 
-    jitter = 1e-3       # noise of the clean pixels, in units of variance_c: keeps K invertible
+    jitter = 1e-3       # D of the clean pixels: keeps K invertible
     unexplained = 0.07  # share of the variance that is left when 20% of the pixels are known
 
     def __init__(self, covariance):
@@ -179,17 +183,17 @@ class GaussianField(nn.Module):
             coords = torch.cat([input_coords, output_coords], dim=1)
             y = torch.cat([y_in, y_t], dim=1)
         side = math.isqrt(len(self.covariance))
-        # K(seen, all): rows of the covariance. Read again at the same places: K(seen, seen).
-        K_all = read_rows(self.covariance, coords.to(y), side)             # (B, N, P)
-        K = read_at(K_all.unflatten(2, (side, side)), coords.to(y))        # (B, N, N)
+        # rows of the covariance; read again at the same places, they are K(seen, seen)
+        K_seen_all = read_rows(self.covariance, coords.to(y), side)             # (B, N, P)
+        K = read_at(K_seen_all.unflatten(2, (side, side)), coords.to(y))        # (B, N, N)
         noise = torch.full_like(y_in, self.jitter)
-        weights = solve(K[:, :n_in, :n_in], noise[..., :1], y_in)          # (B, N_in, C)
+        weights = solve(K[:, :n_in, :n_in], noise[..., :1], y_in)  # one D for all channels
         quadratic = (y_in * weights).sum(dim=1, keepdim=True)
         variance = likely_variance(quadratic, n_in)                        # (B, 1, C)
         if y_t is not None:  # the same system with all N = N_in + N_out pixels
             noise_t = (noise_variance / variance).expand_as(y_t)
             weights = solve(K, torch.cat([noise, noise_t], dim=1), y)
-        image = (weights.mT @ K_all).unflatten(2, (side, side))            # (B, C, side, side)
+        image = (weights.mT @ K_seen_all).unflatten(2, (side, side))            # (B, C, side, side)
         return image, read_at(image, output_coords), variance
 
 
@@ -211,9 +215,8 @@ class NFDenoiser(nn.Module):
         self.side, self.unet, self.perceiver = side, None, None
         self.prior = IndependentPixels(side)
         if "gaussian" in parts:
-            if covariance is None:
-                covariance = exponential_covariance(side)
-            self.prior = GaussianField(covariance.detach().float().cpu())
+            K = exponential_covariance(side) if covariance is None else covariance
+            self.prior = GaussianField(K.detach().float().cpu())
         if "unet" in parts:
             self.unet = UNet(channels + 3, widths)
             self.unet_to_values = nn.Linear(widths[0], channels)
@@ -226,7 +229,7 @@ class NFDenoiser(nn.Module):
             self.perceiver = PerceiverIO(input_dim, query_dim, channels, **perceiver)
             nn.init.normal_(self.perceiver.to_values.weight, std=0.01)
         # Red, green and blue rise and fall together. Brightness, red against blue, and green
-        # against both (columns, orthonormal) hardly do, so each can have a variance of its own:
+        # against both (columns, orthonormal) do not, so each can have a variance of its own:
         # everything is computed in these colours.
         colours = torch.tensor([[1.0, 1, 1], [1, 0, -2], [1, -1, 1]])
         colours = colours / colours.norm(dim=0) if channels == 3 else torch.eye(channels)
@@ -262,7 +265,7 @@ class NFDenoiser(nn.Module):
             std = precision.rsqrt()
             contrast = variance.sqrt()                                     # (B, 1, C)
 
-        answer, features = torch.zeros_like(y_out), []
+        answer, features = torch.zeros_like(y_out), []  # no features without a U-Net
         if self.unet:
             picture = y_image / contrast.mT[..., None]                     # (B, C, side, side)
             image = self.unet(unet_planes(picture, input_coords, output_coords, alpha_bar))
@@ -277,7 +280,7 @@ class NFDenoiser(nn.Module):
 
             inputs = describe(input_coords, y_in)
             queries = describe(output_coords, y_out, *features)
-            # a noisy pixel tells less: its weight in a softmax is multiplied by alpha_bar
+            # a noisy pixel tells less: its weight is multiplied by alpha_bar, its share of signal
             log_w = None if x_t is None else alpha_bar[:, 0].log()
             answer = answer + self.perceiver(inputs, input_coords, queries, output_coords, log_w)
         with exact:
@@ -290,12 +293,13 @@ def nf_loss(model, schedule, split, pure_noise, rows=slice(None)):
 
     split: of data.sparse_split. pure_noise: t = T - 1, where x_t says nothing; this trains the
     one-step mean. Otherwise t is uniform in 0..T-1, as sampling needs it, but only 1 of 1,000 such
-    draws is at T - 1: so train.py trains with both, half of each batch with either.
+    draws is at T - 1: so train.py trains with both, each with half of the batch.
     rows: the images to use. t and eps are drawn for all of them, so that processes that share a
     batch see the same numbers as one process alone.
     """
     x_0, T = split["output_values"], schedule.timesteps
-    t = torch.randint(T - 1 if pure_noise else 0, T, (len(x_0),), device=x_0.device)
+    first = T - 1 if pure_noise else 0  # the only number from T - 1 to T is T - 1
+    t = torch.randint(first, T, (len(x_0),), device=x_0.device)
     x_t = None
     if not pure_noise:
         x_t = schedule.q_sample(x_0, t, noise=torch.randn_like(x_0))[rows]
@@ -308,12 +312,24 @@ def nf_loss(model, schedule, split, pure_noise, rows=slice(None)):
 def one_step_mean(model, schedule, output_coords, input_coords, input_values):
     """The estimate of E[x_0 | x_in]: the prediction at t = T - 1 from pure noise, (B, N_out, C).
 
+    output_coords (B, N_out, 2), input_coords (B, N_in, 2), input_values (B, N_in, C) in [-1, 1].
     It is the mean of two, for the pixels as they are and for their mirror image: + 0.04 dB.
     """
     t = torch.full((len(input_values),), schedule.timesteps - 1, device=input_values.device)
     x_0_hat = model(None, output_coords, t, input_coords, input_values)
     mirrored = model(None, mirror(output_coords), t, mirror(input_coords), input_values)
     return (x_0_hat + mirrored) / 2
+
+
+def ddim_sample(model, schedule, output_coords, input_coords, input_values, num_steps=50, eta=0.0,
+                generator=None, on_step=None):
+    """Draw output values (B, N_out, C): from Gaussian noise at output_coords, by schedule.ddim.
+
+    Arguments are those of one_step_mean and of schedule.ddim, as are errors. Not clamped.
+    """
+    from schedule import ddim
+    denoise, x_T = condition(model, output_coords, input_coords, input_values, generator)
+    return ddim(denoise, schedule, x_T, num_steps, eta, generator, on_step)
 
 
 # ========== below: block, embeddings, U-Net, independent pixels, samplers, points and pixels, sizes
@@ -484,18 +500,6 @@ def condition(model, output_coords, input_coords, input_values, generator):
 
     like = input_values[:, :1].expand(-1, output_coords.shape[1], -1)      # (B, N_out, C)
     return denoise, normal_like(like, generator)
-
-
-def ddim_sample(model, schedule, output_coords, input_coords, input_values, num_steps=50, eta=0.0,
-                generator=None, on_step=None):
-    """Draw output values: from Gaussian noise at output_coords, by schedule.ddim.
-
-    output_coords (B, N_out, 2), input_coords (B, N_in, 2), input_values (B, N_in, C) in [-1, 1].
-    Returns (B, N_out, C), not clamped. Other arguments and errors are those of schedule.ddim.
-    """
-    from schedule import ddim
-    denoise, x_T = condition(model, output_coords, input_coords, input_values, generator)
-    return ddim(denoise, schedule, x_T, num_steps, eta, generator, on_step)
 
 
 def ddpm_sample(model, schedule, output_coords, input_coords, input_values, generator=None,

@@ -1,7 +1,7 @@
-"""Four ways to corrupt an image, and two measures of the damage, PSNR and SSIM.
+"""Ways to corrupt an image, and measures of the damage.
 
 A denoising autoencoder sees the corrupted image, and its loss compares the output with the clean
-one: Vincent et al., "Stacked Denoising Autoencoders" (JMLR 2010), section 3.3.
+one: Vincent et al., "Stacked Denoising Autoencoders" (JMLR 2010), whose section 3.3 has the noises.
 
     python noise.py                 # three noises at five strengths: out/noise.png
 

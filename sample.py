@@ -81,13 +81,14 @@ def reconstruct(model, schedule, split, draw=None, n_drawn=0):
     truth does. draw(output_coords, input_coords, input_values) denoises the first n_drawn outputs
     jointly, so that they fit each other; the others are the mean, given the input and this sample.
     """
-    coords, *known = (split[key] for key in ("output_coords", "input_coords", "input_values"))
+    coords, known = split["output_coords"], (split["input_coords"], split["input_values"])
     answers = {"one-step mean": one_step_mean(model, schedule, coords, *known)}
     if draw:
         drawn, others = coords.tensor_split([n_drawn], dim=1)
         values = draw(drawn, *known).clamp(-1, 1)
-        more = torch.cat([known[0], drawn], dim=1), torch.cat([known[1], values], dim=1)
-        mean = one_step_mean(model, schedule, others, *more)
+        more_coords = torch.cat([split["input_coords"], drawn], dim=1)
+        more_values = torch.cat([split["input_values"], values], dim=1)
+        mean = one_step_mean(model, schedule, others, more_coords, more_values)
         answers["sample"] = torch.cat([values, mean], dim=1)
     covariance = exponential_covariance(split["full_image"].shape[-1])
     answers["kriging"] = kriging(coords, *known, covariance)
@@ -102,8 +103,8 @@ def restore(image, input_mask, answer, side=32, on_step=None, wanted=True):
     """Fill the missing pixels of an image of any size by a method for side x side pixels.
 
     image: (C, H, W) in [-1, 1]. input_mask: bool (H, W), the given pixels; ValueError without any.
-    answer: such as nearest. on_step, wanted: see restore_windows. Returns (C, H, W), the given
-    pixels unchanged.
+    answer: such as nearest. wanted: bool (H, W), the pixels needed. on_step: see restore_windows.
+    Returns (C, H, W), the given pixels unchanged.
 
     At half the size holes are half as wide, and windows of the same number of pixels see twice as
     far. So the depth of a hole is restored there (and its own depth at a quarter of the size, and
@@ -113,18 +114,14 @@ def restore(image, input_mask, answer, side=32, on_step=None, wanted=True):
         raise ValueError("no pixel of the picture is given: there is nothing to restore it from")
     restored = restore_windows(image, input_mask, answer, side, on_step, wanted)
     mask = input_mask[None].to(image)                                        # (1, H, W)
-    near = F.max_pool2d(mask, 3, stride=1, padding=1)
-    depth = 0  # where a given pixel is within 2 pixels, and 1 where none is within 4
-    for _ in range(3):
-        near = F.max_pool2d(near, 3, stride=1, padding=1)
-        depth += (1 - near) / 3
+    depth = depth_of_holes(mask)
     if not depth.any():
         return restored
     half = torch.nn.AvgPool2d(2, ceil_mode=True)
     given = half(mask)
     small = half(image * mask) / given.clamp(min=0.1)  # the mean of the given ones of four pixels
-    wanted = F.max_pool2d(depth, 4, stride=2, padding=1, ceil_mode=True)[0] > 0  # is read below
-    small = restore(small, given[0] > 0, answer, side, on_step, wanted)
+    used = F.max_pool2d(depth, 4, stride=2, padding=1, ceil_mode=True)[0] > 0  # by lerp
+    small = restore(small, given[0] > 0, answer, side, on_step, used)
     small = F.interpolate(small[None], scale_factor=2, mode="bilinear")[0]
     return torch.lerp(restored, small[:, :image.shape[1], :image.shape[2]], depth)
 
@@ -173,6 +170,16 @@ def restore_windows(image, input_mask, answer, side, on_step=None, wanted=True):
         pixels[filled] = total[filled, :-1] / total[filled, -1:]
         known |= filled.view_as(known)
     return pixels.mT.view_as(image)
+
+
+def depth_of_holes(mask):
+    """0 where a given pixel of mask (1, H, W) is within 2 pixels, 1 where none is within 4."""
+    near = F.max_pool2d(mask, 3, stride=1, padding=1)
+    depth = 0
+    for _ in range(3):
+        near = F.max_pool2d(near, 3, stride=1, padding=1)
+        depth += (1 - near) / 3
+    return depth
 
 
 def window_lines(length, side):

@@ -22,7 +22,8 @@ def cosine_beta_schedule(timesteps, s=0.008):
     """Betas for which alpha_bar follows a squared cosine. Improved DDPM, eq. 17.
 
     Linear betas spend their last fifth on almost pure noise; the cosine spreads the loss of signal
-    over all steps. The offset s keeps the first betas from being tiny.
+    over all steps. The offset s and the clamp keep the first betas from being tiny; the last is 1
+    without the clamp.
     timesteps: T, 1 to 10,000. Returns float64 (T,). Raises ValueError for another T.
     """
     check_timesteps(timesteps)
@@ -76,21 +77,21 @@ class DiffusionSchedule:
         x_t = self.sqrt_alphas_cumprod[t] * x_0 + self.sqrt_one_minus_alphas_cumprod[t] * noise
         return x_t.to(x_0.dtype)
 
-    def predict_eps(self, x_t, t, x_0):
-        """The noise in x_t if x_0 is the clean data: DDPM, eq. 4, solved for eps."""
+    def predict_eps(self, x_t, t, x_0_hat):
+        """The noise in x_t if x_0_hat is the clean data: DDPM, eq. 4, solved for eps."""
         t = as_index(t, x_t, self.timesteps)
-        scaled_eps = self.sqrt_recip_alphas_cumprod[t] * x_t - x_0
+        scaled_eps = self.sqrt_recip_alphas_cumprod[t] * x_t - x_0_hat
         return (scaled_eps / self.sqrt_recipm1_alphas_cumprod[t]).to(x_t.dtype)
 
-    def ddim_step(self, x_t, x_0, t, t_next, eta=0.0, noise=None):
-        """From timestep t to any earlier t_next, given the predicted x_0. DDIM, eq. 12.
+    def ddim_step(self, x_t, x_0_hat, t, t_next, eta=0.0, noise=None):
+        """From timestep t to any earlier t_next, given the prediction x_0_hat. DDIM, eq. 12.
 
         The prediction splits x_t into x_0_hat and eps_hat: jump to x_0_hat, then walk back along
         eps_hat to the noise level of t_next. Only the two levels matter, so timesteps between
         them can be left out. t_next = -1: clean data. eta: how much of the noise is new; 0: none,
         1 with t_next = t - 1: as much as in DDPM. noise: N(0, I), drawn if None and eta is not 0.
         """
-        eps = self.predict_eps(x_t, t, x_0)
+        eps_hat = self.predict_eps(x_t, t, x_0_hat)
         alpha_bars = F.pad(self.alphas_cumprod, (0, 1), value=1.0)  # alpha_bars[-1]: clean data
         alpha_bar = alpha_bars[as_index(t, x_t, self.timesteps)]
         alpha_bar_next = alpha_bars[as_index(t_next, x_t, self.timesteps, lowest=-1)]
@@ -98,21 +99,21 @@ class DiffusionSchedule:
         new = eta**2 * (1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)
         # the old noise makes up the rest: together they have the variance 1 - alpha_bar_next
         old = (1 - alpha_bar_next - new).clamp(min=0)
-        x_next = alpha_bar_next.sqrt() * x_0 + old.sqrt() * eps
+        x_next = alpha_bar_next.sqrt() * x_0_hat + old.sqrt() * eps_hat
         if eta > 0:
             noise = normal_like(x_t) if noise is None else noise
             x_next = x_next + new.sqrt() * noise
         return x_next.to(x_t.dtype)
 
-    def ddpm_step(self, x_t, x_0, t, noise=None):
-        """From t to t - 1 (clean data at t = 0), given the predicted x_0. DDPM, eq. 6 and 7.
+    def ddpm_step(self, x_t, x_0_hat, t, noise=None):
+        """From t to t - 1 (clean data at t = 0), given the prediction x_0_hat. DDPM, eq. 6, 7.
 
         A draw from q(x_{t-1} | x_t, x_0), which Bayes' rule gives: a Gaussian with its mean
-        between x_0 and x_t. noise: N(0, I), drawn if it is None.
+        between x_0_hat and x_t. noise: N(0, I), drawn if it is None.
         """
         noise = normal_like(x_t) if noise is None else noise
         t = as_index(t, x_t, self.timesteps)
-        mean = self.posterior_mean_coef_x_0[t] * x_0 + self.posterior_mean_coef_x_t[t] * x_t
+        mean = self.posterior_mean_coef_x_0[t] * x_0_hat + self.posterior_mean_coef_x_t[t] * x_t
         return (mean + self.posterior_variance[t].sqrt() * noise).to(x_t.dtype)
 
 
