@@ -594,7 +594,7 @@ def pick_device(name):
 def write_json(path, checkpoint, data, methods, **more):
     """Write figures, {method: figures}, and where they come from."""
     figures = dict(checkpoint=str(checkpoint), data=str(data), **more, methods=methods)
-    path.write_text(json.dumps(figures, indent=1) + "\n")
+    write_whole(path, json.dumps(figures, indent=1).encode())
     print(f"figures: {path}")
 
 
