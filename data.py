@@ -136,7 +136,7 @@ def download(urls, path, md5):
 
 def write_whole(path, content):
     """Write a file that has its name only when it is complete."""
-    temporary = path.with_suffix(".part")
+    temporary = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         temporary.write_bytes(content)
@@ -186,7 +186,7 @@ def parse_idx(file, shape):
     count = min(header[1], 1_000_000)  # EMNIST has 697,932
     content = file.read((count + 1) * math.prod(shape))  # an item too many is enough
     items = np.frombuffer(content, np.uint8).reshape(-1, *shape)
-    if header != [0x0800 + items.ndim, len(items) or 1, *shape]:
+    if header != [0x0800 + items.ndim, len(items), *shape] or len(items) == 0:
         raise ValueError(f"header {header} for {len(items):,} items")
     return torch.tensor(items)
 

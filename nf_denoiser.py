@@ -466,7 +466,7 @@ def unet_planes(picture, input_coords, output_coords, alpha_bar):
 
 
 class IndependentPixels(nn.Module):
-    """The same posterior if no pixel said anything about another: the covariance is the identity.
+    """That posterior if no pixel said anything about another: the covariance is the identity.
 
     The equation above then holds for each pixel alone: a noisy value shrinks towards the mean by
     the factor variance / (variance + noise). It takes the place of a Gaussian field left out.
@@ -610,13 +610,11 @@ def check_shapes(x_t, output_coords, t, input_coords, input_values, channels):
     """Raises ValueError unless the arguments of NFDenoiser.forward fit together."""
     B, N_out = (*output_coords.shape, 0, 0)[:2]
     N_in = (*input_coords.shape, 0, 0)[1]
-    shapes = [tuple(x.shape) for x in (output_coords, t, input_coords, input_values)]
-    needed = [(B, N_out, 2), (B,), (B, N_in, 2), (B, N_in, channels)]
-    if x_t is not None:
-        shapes.insert(0, tuple(x_t.shape))
-        needed.insert(0, (B, N_out, channels))
-    if N_in < 1 or shapes != needed:
-        raise ValueError(f"x_t (if given), output_coords, t, input_coords, input_values need the "
+    needed = [(B, N_out, 2), (B,), (B, N_in, 2), (B, N_in, channels), (B, N_out, channels)]
+    given = [output_coords, t, input_coords, input_values, x_t]
+    shapes = [tuple(x.shape) for x in given if x is not None]
+    if N_in < 1 or shapes != needed[:len(shapes)]:
+        raise ValueError(f"output_coords, t, input_coords, input_values, x_t (if given) need the "
                          f"shapes {needed} and at least one input pixel, got {shapes}")
 
 

@@ -1,7 +1,7 @@
 """Ways to corrupt an image, and measures of the damage.
 
 A denoising autoencoder sees the corrupted image, and its loss compares the output with the clean
-one: Vincent et al., "Stacked Denoising Autoencoders" (JMLR 2010), whose section 3.3 has the noises.
+one: Vincent et al., "Stacked Denoising Autoencoders" (JMLR 2010), sections 3.1 and 3.3.
 
     python noise.py                 # three noises at five strengths: out/noise.png
 
@@ -132,7 +132,7 @@ def check_noise(images, strength, highest):
 
 
 def main():
-    from data import image_grid, make_glyphs
+    from data import image_grid, make_glyphs, save_pictures
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the picture")
     args = parser.parse_args()
@@ -148,10 +148,8 @@ def main():
             caption.append(f"{strength}: {psnr(mse):.1f} dB")
         rows.append(row)
         captions.append(caption)
-    path = args.out / "noise.png"
-    args.out.mkdir(parents=True, exist_ok=True)
-    image_grid(rows, row_labels=list(NOISES), captions=captions).save(path)
-    print(f"picture: {path} (strength and PSNR under each image)")
+    grid = image_grid(rows, row_labels=list(NOISES), captions=captions)
+    save_pictures(args.out, {"noise.png": grid})
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ def restore_windows(image, input_mask, answer, side, on_step=None, wanted=True):
         ready = (counts >= max(1, counts.max() / 4)).nonzero()               # (N, 2): row, column
         windows = done + int(to_do.sum())
         total = image.new_zeros(height * width, len(image) + 1)  # the last one: of the weights
-        for batch in split_by_counts(ready, counts[*ready.mT]):
+        for batch in split_by_counts(ready, counts[tuple(ready.mT)]):
             if on_step:
                 on_step(done, windows)
             row, column = batch.mT

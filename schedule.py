@@ -125,7 +125,9 @@ def ddim(denoise, schedule, x_T, num_steps=50, eta=0.0, generator=None, on_step=
     may be on another device. on_step(t, x_t, x_0_hat), if given, is called before each step.
     Returns (B, ...), not clamped. Raises ValueError for num_steps outside 1..T, eta outside [0, 1].
     """
-    check_steps_and_eta(num_steps, schedule.timesteps, eta)
+    if not 1 <= num_steps <= schedule.timesteps or not 0 <= eta <= 1:
+        raise ValueError(f"sampling steps must be 1 to {schedule.timesteps}, got {num_steps}, and "
+                         f"eta between 0 and 1, got {eta}")
     timesteps = torch.linspace(schedule.timesteps - 1, 0, num_steps, dtype=torch.float64)
     timesteps = timesteps.round().int().tolist()  # evenly from T - 1 to 0
     x_t = x_T
@@ -191,15 +193,8 @@ def check_timesteps(timesteps):
         raise ValueError(f"a schedule needs 1 to 10,000 timesteps, got {timesteps}")
 
 
-def check_steps_and_eta(num_steps, timesteps, eta):
-    if not 1 <= num_steps <= timesteps:
-        raise ValueError(f"sampling steps must be 1 to {timesteps}, got {num_steps}")
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta must be between 0 and 1, got {eta}")
-
-
 def main():
-    from data import line_chart
+    from data import line_chart, save_pictures
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--timesteps", type=int, default=1000, help="T, length of the diffusion")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the picture")
@@ -209,10 +204,7 @@ def main():
         alpha_bar = DiffusionSchedule(args.timesteps, name).alphas_cumprod.tolist()
         curves[name] = range(args.timesteps), alpha_bar
         print(f"{name}: alpha_bar from {alpha_bar[0]:.4f} down to {alpha_bar[-1]:.3g}")
-    path = args.out / "schedule.png"
-    args.out.mkdir(parents=True, exist_ok=True)
-    line_chart("alpha_bar_t", curves).save(path)
-    print(f"picture: {path}")
+    save_pictures(args.out, {"schedule.png": line_chart("alpha_bar_t", curves)})
 
 
 if __name__ == "__main__":

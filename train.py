@@ -46,11 +46,11 @@ def field_loss(model, schedule, images, index, args):
     Half of the batch trains the one-step mean, half the steps of a sampler."""
     rows = slice(RANK, None, WORLD)  # this process's share of each half
     mean_half, sampling_half = index.chunk(2)
-    split = draw_split(images, mean_half, args, pure_noise=True)
-    mean = nf_loss(model, schedule, split, pure_noise=True, rows=rows)
-    split = draw_split(images, sampling_half, args, pure_noise=False)
-    steps = nf_loss(model, schedule, split, pure_noise=False, rows=rows)
-    return (mean + steps) / 2
+    losses = []
+    for half, pure_noise in ((mean_half, True), (sampling_half, False)):
+        split = draw_split(images, half, args, pure_noise)
+        losses.append(nf_loss(model, schedule, split, pure_noise, rows))
+    return sum(losses) / 2
 
 
 class Muon(torch.optim.Optimizer):
