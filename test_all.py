@@ -5,6 +5,7 @@ float64, numpy, files built byte by byte. No network. `python test_all.py NAME` 
 whose names contain NAME; --long takes its time (20 kills instead of 2).
 """
 import argparse
+import ast
 import contextlib
 import functools
 import gzip
@@ -184,7 +185,7 @@ def test_schedules_refuse_nonsense():
     for make in (schedule.cosine_beta_schedule, schedule.linear_beta_schedule):
         for wrong in (0, -3, 10_001):
             raises(ValueError, lambda: make(wrong), f"got {wrong}")
-    for ends in ((0.1, 1), (0, 0.1), (math.nan, 0.1)):
+    for ends in ((0.1, 1), (0, 0.1), (math.nan, 0.1), (0.1, -1), (2, 0.1)):
         raises(ValueError, lambda: schedule.linear_beta_schedule(10, *ends), ends[0])
     raises(ValueError, lambda: schedule.DiffusionSchedule(10, "sqrt"), "sqrt")
 
@@ -214,13 +215,13 @@ def test_the_ten_constants_against_numpy():
 
 def test_to_moves_every_constant_and_mps_gets_float32():
     with patched(torch.Tensor, to=lambda *arguments: arguments[1:]):
-        on_mps = vars(schedule.DiffusionSchedule(20).to("mps"))
+        on_mps = vars(schedule.DiffusionSchedule(20).to(torch.device("mps")))
     s = schedule.DiffusionSchedule(20)
     assert s.to(torch.device("meta")) is s
     for name, value in vars(s).items():
         if name != "timesteps":
             assert value.is_meta and value.dtype == torch.float64
-            assert on_mps[name] == ("mps", torch.float32)
+            assert on_mps[name] == (torch.device("mps"), torch.float32)
 
 
 def every_step(s):
@@ -376,6 +377,26 @@ def test_samplers_keep_no_graph_and_draw_no_noise_that_nobody_needs():
         assert len(draws) == 4  # none at t = 0
 
 
+def test_all_that_is_made_is_on_the_device_of_the_arguments():
+    images = torch.rand(2, 3, 8, 8).to("meta")  # it stands for a GPU
+    x = torch.rand(2, 5, 2).to("meta")
+    sched = schedule.DiffusionSchedule(5).to("meta")
+
+    def denoise(x_t, *arguments):
+        assert all(x is None or x.is_meta for x in (x_t, *arguments))
+        return arguments[0] if x_t is None else x_t
+
+    with spied(torch, "rand") as drawn, spied(torch, "full") as filled:
+        for add in SIMPLE:
+            assert add(images).is_meta
+        schedule.ddim(denoise, sched, x, 2)
+        nf_denoiser.one_step_mean(denoise, sched, x, x, x)
+        sample.mean_of_windows(denoise, sched, x, x, x)
+        assert nf_denoiser.pixel_covariance(images.byte()).is_meta
+    for _, options in drawn + filled:
+        assert options["device"] == x.device
+
+
 def test_a_generator_may_be_on_another_device():
     x = torch.empty(2, 3, device="meta", dtype=torch.float64)  # meta stands for a GPU
     with spied(torch, "randn") as draws:
@@ -475,13 +496,13 @@ def test_noises_without_a_strength_and_a_generator():
 
 def test_noise_refuses_nonsense():
     x = torch.rand(2, 50)
-    integers = (x * 255).byte()
+    integers = (x * 255).int()
     for add, highest in zip(SIMPLE, (1e6, 1, 1)):
         one_of_two = torch.tensor([[0.1], [1.01 * highest]])
         for wrong in (-0.1, math.nan, 1.01 * highest, one_of_two):
             raises(ValueError, lambda: add(x, wrong), f"must be 0 to {highest:g}")
-        raises(ValueError, lambda: add(integers), "uint8")
-    raises(ValueError, lambda: noise.add_mixed_noise(integers), "uint8")
+        raises(ValueError, lambda: add(integers), "int32")
+    raises(ValueError, lambda: noise.add_mixed_noise(integers.byte()), "uint8")
     raises(ValueError, lambda: noise.add_mixed_noise(x[0]), "batch")
 
 
@@ -790,7 +811,9 @@ def discs_of_leaves():
 
 
 def test_leaves_are_discs_of_the_stated_radii_and_colours():
-    x, y, r, fill, _ = discs_of_leaves()
+    x, y, r, fill, images = discs_of_leaves()
+    gaps = (images == 122).all(1).mean()  # between the discs
+    assert 0.001 < gaps < 0.03, gaps
     close([x.min(), x.max(), y.min(), y.max()], [-40, 1064, -40, 1064], 1)
     u = np.sort((3**-2 - r**-2) / (3**-2 - 40**-2))  # the distribution function: uniform if r^-3
     close(u, np.linspace(0, 1, len(u)), 1.63 / len(u) ** 0.5)  # Kolmogorov, 1 %
@@ -947,6 +970,9 @@ def test_a_folder_needs_20_pictures_and_links_to_them_are_followed():
         raises(ValueError, lambda: data.load_dataset("photos", "", True), "10", "20")
         os.symlink("../elsewhere", "photos/link")
         os.symlink("..", "elsewhere/circle")  # photos/link/circle is the folder around both
+        os.symlink("nowhere", "photos/broken")  # no file
+        frames = [Image.new("L", (5, 5), level) for level in (0, 99)]
+        frames[0].save("photos/0.png", "GIF", save_all=True, append_images=frames[1:])
         for train, count in ((True, 18), (False, 2)):
             (_, images, _), said = quiet(data.load_dataset, "photos", "", train, "mnist")
             assert images.shape == (count, 1, 28, 28) and not said
@@ -1213,7 +1239,7 @@ def test_masks_that_cannot_be_used_are_refused():
         save_png("dot.png", 0 * hole[:1, :1])
         save_png("black.png", 0 * hole)
         save_png("dark.png", np.arange(5400).reshape(60, 90) % 16)
-        for mask, *words in (("small.png", "same size", "(90, 50)", "(90, 60)"),
+        for mask, *words in (("small.png", "same size", "it has (90, 50)", "not (90, 60)"),
                              ("dot.png", "same size", "(1, 1)"), ("none.png", "none.png"),
                              ("black.png", "no pixel is missing", "black.png", "up to 0", 16),
                              ("dark.png", "dark.png", "up to 15", 16)):
@@ -1251,7 +1277,9 @@ def test_pictures_are_saved_all_or_none():
         return quiet(data.save_pictures, place, dict.fromkeys(names, picture))[1]
 
     with folder():
-        said = save(1, "one.png", "two.png")
+        with spied(tempfile, "TemporaryDirectory") as temporary:
+            said = save(1, "one.png", "two.png")
+        assert temporary == [((), {"dir": place})]  # another file system needs a copy
         assert said == f"picture: {place}/one.png\npicture: {place}/two.png\n"
         os.mkdir(place / "folder.png")
         for bad in ("two.odd", "folder.png"):
@@ -1281,6 +1309,17 @@ def test_without_the_binary_version_of_cifar10_the_python_version_is_named():
             refused(data, "--data cifar10", "cifar-10-binary.tar.gz", f"found there: {name}")
             said = run(data, "--data cifar10")[2]
             assert ("is the Python version" in said) == is_it
+
+
+def test_an_older_python_is_told_what_it_needs():
+    with patched(sys, version_info=(3, 10, 9)):
+        refused(schedule, "", "Python 3.11 or later")
+    for path in HERE.glob("*.py"):  # nothing that 3.10 cannot read comes first
+        ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 10))
+
+
+def test_the_checksum_of_cifar10_is_that_of_its_binary_version():
+    assert data.CIFAR10_MD5 == "c32a1d4ab5d03f1284b67883e8d87530"  # www.cs.toronto.edu/~kriz
 
 
 def test_expected_errors_end_in_one_line():
@@ -1436,6 +1475,7 @@ def test_fourier_features_written_out():
     """Under bf16, too: it does not round angles."""
     features = nf_denoiser.FourierFeatures(10_000)
     close(features.B.std(), 2, 0.1)  # cycles per side of the image
+    close(nf_denoiser.FourierFeatures(10_000, scale=5).B.std(), 5, 0.2)
     x = 0.3 * features.B[0]
     y = 0.9 * features.B[1]
     angle = 2 * math.pi * (x + y)
@@ -1857,8 +1897,17 @@ def test_the_full_size_has_the_perceiver_of_the_document():
     net = full.perceiver
     assert net.latents.shape == (512, 512) and len(net.processor) == 6
     assert net.encoder.attention.num_heads == 8
-    assert net.encoder.mlp[-1].p == 0.1  # dropout
+    close(net.latents.std(), 0.02, 0.001)
+    dropout = [module.p for module in net.modules() if isinstance(module, torch.nn.Dropout)]
+    assert dropout == 8 * [0.1]  # in the encoder, six blocks and the decoder
     assert full.fourier.B.shape == (2, 256)
+
+
+def test_medium_is_the_shipped_model_and_small_has_no_dropout():
+    shipped = sample.load_checkpoint(sample.SHIPPED)[1]["config"]
+    medium = nf_denoiser.SIZES["medium"]
+    assert list(shipped["widths"]) == list(medium["widths"])
+    assert medium["dropout"] == nf_denoiser.SIZES["small"]["dropout"] == 0
 
 
 def test_nf_denoiser_prints_the_parameters_of_each_part():
@@ -2177,6 +2226,7 @@ def test_the_untrained_output_is_the_mean_image():
         close(model(0 * images)[0][0], mean.clamp(0.01, 0.99), 1e-5)
         hidden = model.encoder[:4](torch.randn(4000, 784)).square().mean()
     assert after < 0.35 * before
+    close(model.decoder[-2].weight.std(), math.sqrt(2 / (256 + 784)), 0.001)
     assert 0.7 < hidden < 1.4, hidden  # with torch's own weights 1/36, after two ReLUs
 
 
@@ -2275,6 +2325,8 @@ def test_the_passes_by_hand():
             close([row[label] for row in table.values()], figures, 1e-6)
             close(torch.stack(row), torch.stack([x[0] for x in (test, *outputs)]), 1e-6)
         assert labels == list(expected)
+    table, _ = autoencoder.progressive(half, test, 0)
+    assert list(table)[-1] == "pass 10"
 
 
 def test_markdown_has_means_and_deviations_over_seeds():
@@ -2316,6 +2368,10 @@ def test_features_by_hand():
         close(list(table[row].values()), list(expected.values()), 0.011)
     _, few_clean, _, clean, noisy = expected.values()
     assert clean > few_clean > 0.3 and clean > noisy
+    many, _ = autoencoder.features({"clean": model}, test, y_test, train_.repeat(4, 1, 1, 1),
+                                   y.repeat(4), 5)
+    counts = [name.split()[0] for name in many["pixels"] if "clean" in name]
+    assert counts == ["100", "1,000", "1,200"]
 
 
 def test_mean_correlation_against_numpy():
