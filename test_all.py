@@ -961,6 +961,17 @@ def test_a_folder_of_pictures_is_split_by_their_names():
             assert labels.tolist() == [i < 199 and i % 2 for i in right]  # in sub or not
 
 
+def test_the_labels_of_a_folder_are_the_same_in_both_parts():
+    alone = max(range(30), key=lambda i: zlib.crc32(f"a/{i}.png".encode()))  # in training
+    with folder():
+        for name in (f"a/{alone}", *(f"b/{i}" for i in range(20))):
+            os.makedirs(os.path.dirname(name), exist_ok=True)
+            Image.new("L", (5, 5)).save(f"{name}.png")
+        for train, expected in ((True, [0] + 18 * [1]), (False, [1, 1])):
+            labels = data.load_dataset(".", "", train)[2]
+            assert sorted(labels.tolist()) == expected
+
+
 def test_a_folder_needs_20_pictures_and_links_to_them_are_followed():
     with folder():
         for place in ("photos", "elsewhere"):
@@ -1099,6 +1110,14 @@ def test_a_grid_shows_images_in_their_places_beside_their_labels():
         "of grey": (right + 10.5, bottom + 17)}
     assert top > 5 + 13 and bottom > top + 17 + 13  # texts are 13 pixels high
     assert left > 6 + ImageFont.load_default(13).getlength(rows[0])
+
+
+def test_a_caption_is_centred_below_its_image_and_a_pixel_is_four_wide():
+    with spied(ImageDraw.ImageDraw, "text") as texts:
+        grid = data.image_grid([[torch.zeros(1, 8, 8)]], captions=[["ab"]])
+    (_, place, text, *_, anchor), _ = texts[0]
+    assert (place, text, anchor) == ((12 + 16, 6 + 32 + 2), "ab", "ma")
+    assert grid.size == (12 + 32 + 6, 6 + 32 + 24)
 
 
 def test_heat_is_black_red_yellow_white():
@@ -1845,6 +1864,10 @@ def test_at_the_last_timestep_x_t_does_not_matter():
         expected = model(None, out, last, *given)
         for noisy in (x_t, -3 * x_t):
             close(model(noisy, out, last, *given), expected, 5e-3)
+
+
+def test_what_a_macs_gpu_cannot_do_is_left_to_the_cpu():
+    assert os.environ["PYTORCH_ENABLE_MPS_FALLBACK"] == "1"
 
 
 def test_every_device_type_that_torch_has():
@@ -2671,6 +2694,12 @@ def test_what_each_flag_changes():
             assert independent == ("gaussian" not in parts) and not net.training
         assert got["step"] == 0 and len(got["losses"]) == 0  # nothing to train
         trained("nf", "--batch-size 2 --beta-schedule linear --parts gaussian --resume")
+        with spied(train, "off_grid_split") as splits:
+            got = trained("nf", "--steps 1 --batch-size 2 --pixels anywhere --num-latents 3")
+        assert len(splits) == 2 and len(got["model"]["perceiver.latents"]) == 3
+        with patched(data, load_cifar10=lambda *_: data.make_leaves(202, 3)):
+            works(train, "--data cifar10 --steps 1 --batch-size 2 --parts unet")
+        assert len(sample.report_field.call_args.args[2]) == 200  # if --evaluate says nothing
 
 
 def test_the_closing_table_is_about_test_images():
@@ -2694,7 +2723,10 @@ def test_the_closing_table_is_about_test_images():
                 figures = [F.mse_loss(net(noisy)[0], images / 255).item()]
             close(got["tests"][-1], [2, *figures], 1e-3 if model == "nf" else 1e-6)
             with Image.open(f"out/{model}/loss.png") as image:
-                assert image.size[0] > 740 and image.getextrema() != ((255, 255),) * 3
+                assert image.size == (920, 320)
+                for place in (0, 460):  # two charts
+                    colours = image.crop((place, 0, place + 460, 320)).getcolors(10_000)
+                    assert len(colours) > 5 and max(colours)[1] == (255, 255, 255)
 
 
 def edges(count, seed):
@@ -2788,6 +2820,17 @@ def test_pictures_that_are_missing_are_written_by_resuming():
             works(train, f"{line} --resume")
             equal(checkpoint_of("out/ae"), saved)
             assert {"results.json", "samples.png"} < set(os.listdir("out/ae"))
+
+
+def test_more_epochs_go_on_at_the_speed_of_now():
+    with without_reports():
+        line = "--model ae --data mnist --batch-size 160 --out"
+        works(train, f"{line} new --epochs 1")
+        clock = itertools.count()
+        with patched(time, perf_counter=lambda: next(clock)):
+            out = works(train, f"{line} new --epochs 2 --resume")
+        assert checkpoint_of("new/ae")["step"] == 4
+        assert re.search("step 4 of 4  160 images/s", out), out
 
 
 def test_a_second_signal_ends_a_run_at_once():
@@ -2976,11 +3019,12 @@ def test_a_full_disk_or_a_loss_that_is_not_finite_spares_the_checkpoint():
 # ----------------------------------------------------------------------------- using the programs
 
 
-def save_field(path="m.pt", seed=0, channels=3, side=32, data_name="cifar10", **settings):
+def save_field(path="m.pt", seed=0, channels=3, side=32, data_name="cifar10",
+               parts=nf_denoiser.PARTS, **settings):
     """A checkpoint of an untrained field with 20 timesteps: (model, schedule)."""
     torch.manual_seed(seed)
     sched = schedule.DiffusionSchedule(20)
-    config = dict(TINY, channels=channels, side=side)
+    config = dict(TINY, channels=channels, side=side, parts=parts)
     model = nf_denoiser.NFDenoiser(sched.alphas_cumprod, **config).eval()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sample.save_checkpoint(Path(path), dict(
@@ -3057,6 +3101,7 @@ def test_a_model_trained_off_the_grid_is_measured_off_the_grid():
 
 
 def test_how_many_images_are_measured():
+    assert sample.parse_arguments(["--evaluate"]).evaluate == 1000
     with a_field_and_test_images(), without_measuring() as reports:
         for flags, count in (("", 6), ("--evaluate 5", 5), ("--evaluate", 8)):
             out = works(sample, f"m.pt --json there/f.json {flags}")
@@ -3128,6 +3173,7 @@ def test_the_picture_of_a_fine_grid():
     columns(rows, labels, ("input pixels", sample.assemble(split)),
             ("model x3", fine.mT.view(6, 3, 48, 48) / 2 + 0.5), ("truth", images[:6]))
     assert options["zoom"] % 3 == 0  # no fine pixel is left out
+    assert sample.draw_fine(*field, split, 7).width > 3 * 7 * 16
 
 
 def test_the_animation_shows_every_step_from_noise_to_image():
@@ -3238,6 +3284,10 @@ def test_an_autoencoders_checkpoint_is_measured_by_its_own_report():
             expected, _ = quiet(autoencoder.report_autoencoder, model, images[:count],
                                 Path("there/dae"), "gaussian 0.3")
             equal(got, expected, 1e-6)
+        report = unittest.mock.Mock(return_value={})
+        with patched(sample, report_autoencoder=report):
+            works(sample, "m.pt")
+        assert len(report.call_args.args[1]) == len(images)  # by default all
         for flags in ("--steps 2 | --full | --gif | --scale 2 | --samples 2 | --eta 1 | --seed 1 | "
                       "--sampler ddpm | --pixels grid | --image a.png | --input-ratio 0.5"
                       ).split(" | "):
@@ -3268,7 +3318,9 @@ def test_windows_are_blended_with_sin_squared():
     weight = torch.sin(math.pi * (torch.arange(32) + 0.5) / 32) ** 2
     share = weight[:16] / (weight[:16] + weight[16:])  # of the right one, where both are
     share = torch.cat([torch.zeros(16), share, torch.ones(16)])
+    before = image.clone()
     got = sample.restore_windows(image, known, mean_of_given, 32)
+    assert image.equal(before)
     close(got[:, 31], torch.lerp(left[:, None], right[:, None], share), 1e-5)
 
 
@@ -3374,7 +3426,10 @@ def test_the_progress_tells_method_windows_and_time_left():
         with patched(sys, stdout=terminal), patched(time, time=lambda: next(clock)):
             for done in range(0, 80, 16):
                 show(done, 960)
-        said = terminal.getvalue()
+            said = terminal.getvalue()
+            for done in (0, 16):  # half the size: the clock starts again
+                show(done, 32)
+        assert terminal.getvalue().endswith(f"16 of 32 windows, {seconds:.0f} s left\x1b[K\r")
         assert said.count("minutes\n") == bool(minutes), said
         assert not minutes or f"kriging: 960 windows, about {minutes} minutes\n" in said
         assert f"kriging: 64 of 960 windows, {56 * seconds:.0f} s left" in said.split("\n")[-1]
@@ -3383,6 +3438,15 @@ def test_the_progress_tells_method_windows_and_time_left():
 def restored(flags, name="photo"):
     """What sample.py prints for m.pt and a photograph, and NAME-restored.png."""
     return works(sample, f"m.pt --image {flags}"), pixels_of(f"out/nf/{name}-restored.png")
+
+
+def test_a_field_without_the_gaussian_part_restores_and_the_resolution_is_kept():
+    with folder():
+        save_field(parts=("unet",))
+        Image.fromarray(photograph()[0]).save("photo.png", dpi=(300, 300))
+        restored("photo.png")
+        with Image.open("out/nf/photo-restored.png") as picture:
+            close(picture.info["dpi"], (300, 300), 0.1)
 
 
 def test_every_other_window_is_mirrored():
@@ -3464,6 +3528,10 @@ def test_results_of_another_picture_are_not_replaced():
             replaced = sorted(path.name for path in old if old[path] != contents[path])
             assert len(contents) == 2 * min(3, i + 1)
             assert replaced == ["photo-comparison.png", "photo-restored.png"] * (i == 3), name
+        with contextlib.chdir("other"):
+            works(sample, "../m.pt --image photo.png --out ../out")
+        path = Path("out/nf/photo-restored.png").resolve()
+        assert path.read_bytes() == contents[Path("out/nf/photo-restored.png")]
 
 
 def test_grey_photographs_stay_grey_and_large_ones_large():
@@ -3636,7 +3704,7 @@ def test_bad_input_gets_one_line_and_an_exit_code():
                         "--model ae --noise masking | --model dae --parts unet | "
                         "--steps 99999999999 | --model ae --size full | "
                         "--model ae --noise-param 1"),
-                (autoencoder, "--seeds 0 | --epochs 0 | --exercise nope"),
+                (autoencoder, "--seeds 0 | --epochs 0 | --batch-size 0 | --exercise nope"),
                 (noise, "--nope"),
                 (data, "--seed x")):
             for line in lines.split(" | "):
