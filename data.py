@@ -210,7 +210,9 @@ def read_idx(root, name, shape):
 def fixed_order(seed, indices, num_pixels):
     """Random numbers for sparse_split, float32 (B, num_pixels), functions of the seed and indices,
     int64 (B,), alone: image 7 has the same mask in every batch, run and process."""
-    rows = [np.random.default_rng((seed, index)).random(num_pixels) for index in indices.tolist()]
+    rows = []
+    for index in indices.tolist():
+        rows.append(np.random.default_rng((seed, index)).random(num_pixels))
     return torch.from_numpy(np.stack(rows)).to(indices.device, torch.float32)
 
 
@@ -231,7 +233,8 @@ def off_grid_split(images, input_ratio=0.2, output_ratio=0.2, generator=None, or
     coords = order[:, pixels:].unflatten(1, (n_in, 2))
     grid = to_signed(coords)[:, :, None]                                   # (B, N_in, 1, 2)
     values = F.grid_sample(split["full_image"], grid, align_corners=True)  # (B, C, N_in, 1)
-    column, row = (coords * coords.new_tensor([width - 1, height - 1])).round().long().unbind(-1)
+    last = coords.new_tensor([width - 1, height - 1])
+    column, row = (coords * last).round().long().unbind(-1)
     split["input_indices"] = row * width + column
     split["input_coords"], split["input_values"] = coords, values[..., 0].mT
     return split
@@ -259,7 +262,8 @@ def make_leaves(count, seed):
         u = rng.random((discs, 1))  # radius: the inverse of its distribution function at u
         radius = (3**-2 - u * (3**-2 - 40**-2)) ** -0.5
         centre = rng.uniform(-40, 1024 + 40, (discs, 2))
-        colour = rng.normal(rng.normal(122, 55, (discs, 1)), 22, (discs, 3))
+        grey = rng.normal(122, 55, (discs, 1))
+        colour = rng.normal(grey, 22, (discs, 3))
         colour = colour.clip(0, 255).astype(int)
         boxes = 2 * np.hstack([centre - radius, centre + radius])
         canvas = Image.new("RGB", (2048, 2048), "#7a7a7a")  # twice the size: smooth edges

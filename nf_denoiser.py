@@ -49,8 +49,8 @@ class Attention(nn.Module):
     exp(a + log w) = w exp(a).
 
     x (B, N, dim) attends to context (B, M, dim) -> (B, N, dim). log_w: (B, M) or None. With
-    placed=True the coordinates (B, N, 2) and (B, M, 2) are needed, otherwise they are not used.
-    Raises ValueError if dim is not a multiple of num_heads, or of 4 * num_heads with placed=True.
+    placed=True it needs the coordinates (B, N, 2) and (B, M, 2). Raises ValueError if dim is not a
+    multiple of num_heads, or of 4 * num_heads with placed=True.
     """
 
     def __init__(self, dim, num_heads, placed=False):
@@ -158,9 +158,8 @@ class GaussianField(nn.Module):
     with the noise variances of y on the diagonal of D. Attention, too, is a weighted sum of values,
     but with weights that a network finds.
 
-    covariance: (P, P) between the P = side * side pixels of the image, mean of the diagonal 1. The
-    covariance of channel c is this times variance_c, which is estimated from the input pixels; so
-    D, too, is in units of variance_c.
+    covariance: (P, P) of the P = side * side pixels, mean of the diagonal 1. That of channel c is
+    this times variance_c, estimated from the input pixels; D is in units of variance_c.
     """
 
     jitter = 1e-3       # D of the clean pixels: keeps K invertible
@@ -261,8 +260,7 @@ class NFDenoiser(nn.Module):
             # x_0 is known up to `unexplained` from its neighbours, and up to noise_variance from
             # x_t: together, up to std^2, since precisions (1 / variance) add up. Scaled by std, the
             # network's answers have the same size at every t: c_out of Karras et al. (2022).
-            precision = 1 / (self.prior.unexplained * variance) + 1 / noise_variance
-            std = precision.rsqrt()
+            std = (1 / (self.prior.unexplained * variance) + 1 / noise_variance).rsqrt()
             contrast = variance.sqrt()                                     # (B, 1, C)
 
         answer, features = torch.zeros_like(y_out), []  # no features without a U-Net
@@ -562,7 +560,9 @@ def read_rows(matrix, coords, side):
     column, row = low.long().unbind(1)
     first = row * side + column
     corners = torch.stack([first, first + 1, first + side, first + side + 1], dim=1)
-    weights = torch.stack([(1 - x) * (1 - y), x * (1 - y), (1 - x) * y, x * y], dim=1)
+    left, right = 1 - x, x
+    above, below = 1 - y, y
+    weights = torch.stack([left * above, right * above, left * below, right * below], dim=1)
     rows = F.embedding_bag(corners, matrix, per_sample_weights=weights, mode="sum")
     return rows.unflatten(0, coords.shape[:2])
 
@@ -610,7 +610,8 @@ def check_shapes(x_t, output_coords, t, input_coords, input_values, channels):
     """Raises ValueError unless the arguments of NFDenoiser.forward fit together."""
     B, N_out = (*output_coords.shape, 0, 0)[:2]
     N_in = (*input_coords.shape, 0, 0)[1]
-    needed = [(B, N_out, 2), (B,), (B, N_in, 2), (B, N_in, channels), (B, N_out, channels)]
+    needed = [(B, N_out, 2), (B,), (B, N_in, 2)]
+    needed += [(B, N_in, channels), (B, N_out, channels)]
     given = [output_coords, t, input_coords, input_values, x_t]
     shapes = [tuple(x.shape) for x in given if x is not None]
     if N_in < 1 or shapes != needed[:len(shapes)]:

@@ -61,8 +61,7 @@ def inverse_distance(output_coords, input_coords, input_values):
 def kriging(output_coords, input_coords, input_values, covariance):
     """The mean of a Gaussian random field, given the inputs: GaussianField of nf_denoiser.py.
 
-    Two inputs side by side tell almost the same, so they share one weight. covariance: (P, P) of
-    all pixels.
+    Two inputs side by side tell almost the same, so they share one weight. covariance: (P, P).
     """
     mean = input_values.mean(dim=1, keepdim=True)                          # (B, 1, C)
     field = GaussianField(covariance.to(input_values))
@@ -355,7 +354,8 @@ def evaluate_samples(model, schedule, images, draw, count, **options):
         truth = to_unit(split["full_image"][0])
         mean, std = samples.mean(dim=0), samples.std(dim=0)
         error = mean - truth
-        rows.append([*samples[:2], mean, truth, heat(std, 0.25), heat(error, 0.25)])
+        maps = heat(std, 0.25), heat(error, 0.25)
+        rows.append([*samples[:2], mean, truth, *maps])
         figures = torch.stack([covered(samples, truth), std, error.square()])
         measured = split["output_indices"][0, :n_out]
         total += figures.flatten(2)[:, :, measured].mean(dim=(1, 2))
@@ -414,7 +414,8 @@ def report_field(model, schedule, images, folder, name, sampler=ddim_sample, see
         return draw(*where, on_step=lambda *step: frames.append(step))
 
     results = evaluate_field(model, schedule, images, draw, **options)
-    split, n_out = split_images(images[:6], torch.arange(len(images))[:6], **options)
+    first = torch.arange(len(images))[:6]
+    split, n_out = split_images(images[first], first, **options)
     frames = []
     answers = reconstruct(model, schedule, split, draw_and_record, n_out)
     pictures = {"samples.png": draw_field(split, answers)}
@@ -506,7 +507,8 @@ def show_progress(method):
         if done == 0:
             times.clear()
         times.append(time.time())
-        left = (times[-1] - times[0]) / max(done, 1) * (total - done)
+        seconds = times[-1] - times[0]
+        left = seconds / max(done, 1) * (total - done)
         if len(times) == 5 and left > 90:  # the first batches tell how long it will take
             print(f"{method}: {total:,} windows, about {left / 60:.0f} minutes", flush=True)
         if sys.stdout.isatty():

@@ -22,8 +22,7 @@ def cosine_beta_schedule(timesteps, s=0.008):
     """Betas for which alpha_bar follows a squared cosine. Improved DDPM, eq. 17.
 
     Linear betas spend their last fifth on almost pure noise; the cosine spreads the loss of signal
-    over all steps. The offset s and the clamp keep the first betas from being tiny; the last is 1
-    without the clamp.
+    over all steps. The offset s and the clamp: no tiny betas at first, no beta of 1 at the end.
     timesteps: T, 1 to 10,000. Returns float64 (T,). Raises ValueError for another T.
     """
     check_timesteps(timesteps)
@@ -125,9 +124,7 @@ def ddim(denoise, schedule, x_T, num_steps=50, eta=0.0, generator=None, on_step=
     may be on another device. on_step(t, x_t, x_0_hat), if given, is called before each step.
     Returns (B, ...), not clamped. Raises ValueError for num_steps outside 1..T, eta outside [0, 1].
     """
-    if not 1 <= num_steps <= schedule.timesteps or not 0 <= eta <= 1:
-        raise ValueError(f"sampling steps must be 1 to {schedule.timesteps}, got {num_steps}, and "
-                         f"eta between 0 and 1, got {eta}")
+    check_steps_and_eta(num_steps, schedule.timesteps, eta)
     timesteps = torch.linspace(schedule.timesteps - 1, 0, num_steps, dtype=torch.float64)
     timesteps = timesteps.round().int().tolist()  # evenly from T - 1 to 0
     x_t = x_T
@@ -191,6 +188,13 @@ def normal_like(x, generator=None):
 def check_timesteps(timesteps):
     if not 1 <= timesteps <= 10_000:
         raise ValueError(f"a schedule needs 1 to 10,000 timesteps, got {timesteps}")
+
+
+def check_steps_and_eta(num_steps, timesteps, eta):
+    if not 1 <= num_steps <= timesteps:
+        raise ValueError(f"sampling steps must be 1 to {timesteps}, got {num_steps}")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must be between 0 and 1, got {eta}")
 
 
 def main():

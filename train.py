@@ -84,8 +84,7 @@ class Muon(torch.optim.Optimizer):
 def training_loop(task, optimizers, images, args, first=0):
     """Train: yields (steps done, loss) after each step from `first`.
 
-    task: has a model, its batch_loss(index), and warmup, a share of the steps.
-    Order and random numbers are seeded with the numbers of epoch and step, so that a run can be
+    task: has model, its batch_loss(index), and warmup, a share of the steps. Order and random numbers are seeded with the numbers of epoch and step, so that a run can be
     resumed at any step."""
     size, model = args.batch_size, task.model
     per_epoch = len(images) // size
@@ -252,7 +251,8 @@ def train(task, optimizers, images, args, path, signals):
             line += f"  {task.metric} {tests[-1][1]:.4g}"
         if reporting or (stop and not set_aside):
             recent = losses[:step][-100:].mean()  # reading it makes a GPU wait
-            if not all(x.isfinite().all() for x in (recent, *task.model.parameters())):
+            numbers = [recent, *task.model.parameters()]
+            if not all(x.isfinite().all() for x in numbers):
                 raise ValueError(f"the loss or a weight is no longer finite at step {step:,}, "
                                  f"which is not saved: use a lower --lr")
             if RANK == 0:
