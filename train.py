@@ -84,8 +84,8 @@ class Muon(torch.optim.Optimizer):
 def training_loop(task, optimizers, images, args, first=0):
     """Train: yields (steps done, loss) after each step from `first`.
 
-    task: has model, its batch_loss(index), and warmup, a share of the steps. Order and random numbers are seeded with the numbers of epoch and step, so that a run can be
-    resumed at any step."""
+    task: has model, its batch_loss(index), and warmup, a share of the steps. Order and random
+    numbers are seeded with those of epoch and step, so that a run can be resumed at any step."""
     size, model = args.batch_size, task.model
     per_epoch = len(images) // size
     for step in range(first, args.steps):
