@@ -2708,7 +2708,8 @@ def test_the_closing_table_is_about_test_images():
     with (tiny_sets(), patched(data, load_cifar10=lambda *_: leaves),
           patched(sample, report_field=report), patched(train, report_autoencoder=report)):
         for model, name in (("nf", "cifar10"), ("dae", "mnist")):
-            got = trained(model, "--steps 2 --batch-size 8 --evaluate 5")
+            with spied(train, "line_chart") as charts:
+                got = trained(model, "--steps 2 --batch-size 8 --evaluate 5")
             images = data.load_dataset(name, "data", False)[1]
             shown, = (x for x in report.call_args.args if isinstance(x, torch.Tensor))
             assert shown.equal(images[:5])
@@ -2722,6 +2723,10 @@ def test_the_closing_table_is_about_test_images():
                 noisy = noise.add_gaussian_noise(images / 255, 0.3, seeded())
                 figures = [F.mse_loss(net(noisy)[0], images / 255).item()]
             close(got["tests"][-1], [2, *figures], 1e-3 if model == "nf" else 1e-6)
+            ((_, curves), _) = charts[1]
+            last = {name: values[-1] for name, (_, values) in curves.items()}
+            names = ("one-step PSNR", "kriging") if model == "nf" else ("test MSE",)
+            assert last == dict(zip(names, got["tests"][-1][1:]))
             with Image.open(f"out/{model}/loss.png") as image:
                 assert image.size == (920, 320)
                 for place in (0, 460):  # two charts
@@ -2830,6 +2835,7 @@ def test_more_epochs_go_on_at_the_speed_of_now():
         with patched(time, perf_counter=lambda: next(clock)):
             out = works(train, f"{line} new --epochs 2 --resume")
         assert checkpoint_of("new/ae")["step"] == 4
+        assert trained("nf", "--epochs 1 --batch-size 40 --parts unet")["step"] == 2
         assert re.search("step 4 of 4  160 images/s", out), out
 
 
