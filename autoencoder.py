@@ -23,8 +23,10 @@ from torch import nn
 
 
 class DenoisingAutoencoder(nn.Module):
-    """Each image has to pass through latent_dim numbers, far fewer than it has pixels. That is
-    enough for clean images, whose pixels depend on each other, but not for independent noise.
+    """input_dim-256-128-latent_dim-128-256-input_dim: Vincent et al. (2008), section 2.
+
+    Each image has to pass through latent_dim numbers, far fewer than it has pixels. That is enough
+    for clean images, whose pixels depend on each other, but not for independent noise.
     """
 
     def __init__(self, input_dim=784, latent_dim=64):
@@ -58,7 +60,7 @@ class DenoisingAutoencoder(nn.Module):
         self.decoder[-2].bias.copy_(mean.logit())  # the inverse of the sigmoid
 
     def encode(self, x):
-        """Images (B, ...) in [0, 1] -> latent (B, latent_dim). Raises ValueError."""
+        """Images (B, ...) in [0, 1] -> latent (B, latent_dim). ValueError for another size."""
         check_size(x, self.input_dim)
         return self.encoder(x.flatten(1))
 
@@ -119,7 +121,7 @@ def train_autoencoder(model, images, corrupt, epochs=10, batch_size=512, lr=6e-3
 
 # ===================== below: the lab, its tables and pictures, command line
 def check_size(images, input_dim):
-    if images[0].numel() != input_dim:
+    if images.flatten(1).shape[1] != input_dim:
         raise ValueError(f"the autoencoder takes images of {input_dim} values, such as those of "
                          f"MNIST, and got shape {tuple(images.shape)}")
 
@@ -230,11 +232,12 @@ def features(models, test, test_labels, train, labels, seed):
     encoders["pixels"] = nn.Flatten()
     table = {}
     for row, encode in encoders.items():
-        z, z_test = encode(train), encode(test)
+        z, z_test, z_noisy = encode(train), encode(test), encode(noisy)
         table[row] = {"mean absolute correlation": mean_correlation(z_test)}
-        for count in (100, 1000, len(z)) if labels.any() else ():
+        counts = (100, 1000, len(z)) if labels.any() else ()
+        for count in counts:
             chosen = order[:count].to(z.device)
-            classes = linear_classifier(z[chosen], labels[chosen], z_test, encode(noisy))
+            classes = linear_classifier(z[chosen], labels[chosen], z_test, z_noisy)
             for name, found in zip(("clean", "noisy"), classes):
                 correct = (found == test_labels).float().mean().item()
                 table[row][f"{len(chosen):,} labels, {name}"] = correct

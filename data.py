@@ -149,8 +149,10 @@ def find(root, *names):
     """The first file that has one of these names, patterns for glob, in a usual place, or None."""
     for place in PLACES:
         for name in names:
-            for path in sorted(Path(root).glob(f"{place}/{name}")):
-                return path
+            paths = sorted(Path(root).glob(f"{place}/{name}"))
+            files = [path for path in paths if path.is_file()]
+            if files:
+                return files[0]
 
 
 def read_cifar10_records(root, name):
@@ -164,7 +166,10 @@ def read_cifar10_records(root, name):
         if hashlib.md5(archive.read_bytes()).hexdigest() != CIFAR10_MD5:
             raise ValueError(f"{archive} is damaged or another archive: move it away to fetch it")
         with tarfile.open(archive) as tar:
-            write_whole(path, tar.extractfile(f"cifar-10-batches-bin/{name}").read())
+            for member in tar:  # all files in one pass
+                place = path.with_name(Path(member.name).name)
+                if place.suffix == ".bin" and not place.exists():
+                    write_whole(place, tar.extractfile(member).read())
     content = np.fromfile(path, np.uint8, count=30_730_001)  # one byte too many is enough
     count, rest = divmod(len(content), 3073)
     if count == 0 or rest or content[::3073].max() > 9:
@@ -379,10 +384,11 @@ def open_picture(path, least_side=None):
                 file.draft(None, (least_side, least_side))
             ImageOps.exif_transpose(file, in_place=True)
             picture = to_rgba(file, deep)
-            tables = getattr(file, "quantization", {})  # of JPEG
-            picture.jpeg_step = max(tables.values(), default=[0])[0]
+            tables = getattr(file, "quantization", {})  # of JPEG; first the step of a block's mean
+            picture.jpeg_step = max((table[0] for table in tables.values()), default=0)
     except Exception as problem:  # Pillow's readers of damaged files raise all kinds of things
-        raise ValueError(f"cannot use {path} as a picture: {problem}") from None
+        reason = str(problem) or type(problem).__name__
+        raise ValueError(f"cannot use {path} as a picture: {reason}") from None
     finally:
         Image.MAX_IMAGE_PIXELS = limit
     if deep and not least_side:
@@ -474,13 +480,13 @@ def read_mask(path, size):
         print(f"notice: {path} is a photograph: its transparent pixels are taken as missing")
         levels = ImageChops.invert(alpha)
     highest = levels.getextrema()[1]
-    # beside an edge, the noise of a JPEG file reaches six of its quantization steps
+    # measured: beside an edge, the noise of a JPEG file stays below 7 quantization steps
     threshold = max(16, highest * picture.jpeg_step // 36)
     if len(levels.getcolors()) == 2:
         threshold = highest
     if highest < threshold:
         raise ValueError(f"no pixel is missing: {path} has levels up to {highest} of 255, and "
-                         f"{threshold} or more is missing")
+                         f"only {threshold} or more marks a pixel as missing")
     return levels.point(lambda level: 255 * (level >= threshold))
 
 
@@ -585,7 +591,7 @@ class Output:
             self.stream.flush()
 
     def flush(self):
-        """write has done it"""
+        """Nothing to do: write has flushed."""
 
 
 def run(main):

@@ -464,10 +464,10 @@ def unet_planes(picture, input_coords, output_coords, alpha_bar):
 
 
 class IndependentPixels(nn.Module):
-    """That posterior if no pixel said anything about another: the covariance is the identity.
+    """The posterior of GaussianField if no pixel said anything about another.
 
-    The equation above then holds for each pixel alone: a noisy value shrinks towards the mean by
-    the factor variance / (variance + noise). It takes the place of a Gaussian field left out.
+    The covariance is then the identity, and each pixel is on its own: a noisy value shrinks towards
+    the mean by the factor variance / (variance + noise). Used where the Gaussian field is left out.
     """
 
     unexplained = 0.36  # of a pixel's variance, once its neighbours are known

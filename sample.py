@@ -17,7 +17,6 @@ import os
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # before torch is imported
 import argparse
-import contextlib
 import io
 import json
 import math
@@ -80,15 +79,11 @@ def reconstruct(model, schedule, split, draw=None, n_drawn=0):
     truth does. draw(output_coords, input_coords, input_values) denoises the first n_drawn outputs
     jointly, so that they fit each other; the others are the mean, given the input and this sample.
     """
-    coords, known = split["output_coords"], (split["input_coords"], split["input_values"])
+    coords = split["output_coords"]
+    known = split["input_coords"], split["input_values"]
     answers = {"one-step mean": one_step_mean(model, schedule, coords, *known)}
     if draw:
-        drawn, others = coords.tensor_split([n_drawn], dim=1)
-        values = draw(drawn, *known).clamp(-1, 1)
-        more_coords = torch.cat([split["input_coords"], drawn], dim=1)
-        more_values = torch.cat([split["input_values"], values], dim=1)
-        mean = one_step_mean(model, schedule, others, more_coords, more_values)
-        answers["sample"] = torch.cat([values, mean], dim=1)
+        answers["sample"] = draw_sample(model, schedule, split, draw, n_drawn)
     covariance = exponential_covariance(split["full_image"].shape[-1])
     answers["kriging"] = kriging(coords, *known, covariance)
     answers["inverse distance"] = inverse_distance(coords, *known)
@@ -169,6 +164,16 @@ def restore_windows(image, input_mask, answer, side, on_step=None, wanted=True):
         pixels[filled] = total[filled, :-1] / total[filled, -1:]
         known |= filled.view_as(known)
     return pixels.mT.view_as(image)
+
+
+def draw_sample(model, schedule, split, draw, n_drawn):
+    """The sample of reconstruct: (B, N_out, C) in [-1, 1]."""
+    drawn, others = split["output_coords"].tensor_split([n_drawn], dim=1)
+    values = draw(drawn, split["input_coords"], split["input_values"]).clamp(-1, 1)
+    known_coords = torch.cat([split["input_coords"], drawn], dim=1)
+    known_values = torch.cat([split["input_values"], values], dim=1)
+    mean = one_step_mean(model, schedule, others, known_coords, known_values)
+    return torch.cat([values, mean], dim=1).clamp(-1, 1)
 
 
 def depth_of_holes(mask):
@@ -268,7 +273,8 @@ def split_images(images, indices, seed=0, input_ratio=0.2, full=False, pixels="g
 
     The mask is a function of seed and an image's index, indices (B,). pixels: "grid" or
     "anywhere", where the input lies. A fifth of the image is measured, or with `full` all outputs.
-    Pixels whose value is nan are neither input nor output, and grey: ValueError for too many.
+    Pixels that are nan, the same ones in all images, are neither input nor output, and grey.
+    Raises ValueError for too many of them.
     """
     total, anywhere = images[0, 0].numel(), pixels == "anywhere"
     coordinates = 2 * int(total * input_ratio) if anywhere else 0  # of the input
@@ -349,7 +355,7 @@ def evaluate_samples(model, schedule, images, draw, count, **options):
     for i, image in enumerate(images):
         copies = image.expand(count, -1, -1, -1)
         split, n_out = split_images(copies, torch.full((count,), i), **options)
-        values = reconstruct(model, schedule, split, draw, n_out)["sample"]
+        values = draw_sample(model, schedule, split, draw, n_out)
         samples = assemble(split, values)
         truth = to_unit(split["full_image"][0])
         mean, std = samples.mean(dim=0), samples.std(dim=0)
@@ -405,8 +411,11 @@ def animate(split, frames, path):
 # --------------------------------------------------------------------------------------- reports
 def report_field(model, schedule, images, folder, name, sampler=ddim_sample, seed=0, samples=None,
                  scale=1, gif=False, **options):
-    """Print the table of evaluate_field for the images `name`, draw pictures, return {method:
-    figures}. samples: how many for evaluate_samples. options: those of split_images."""
+    """Print the table of evaluate_field, draw the pictures, return {method: figures}.
+
+    images: (N, C, H, W), called `name`. samples: how many for evaluate_samples, if any. options:
+    those of split_images.
+    """
     options["seed"] = seed
     draw = partial(sampler, model, schedule, generator=torch.Generator().manual_seed(seed))
 
@@ -486,8 +495,11 @@ def report_picture(model, schedule, path, folder, mask=None, input_ratio=0.2, se
 
 
 def name_results(folder, path):
-    """What the results of the picture at `path` are called, and the PNG text that says whose they
-    are: the name without extension, or more where the results of another file have that name."""
+    """What the results of the picture at `path` are called, and the PNG text that marks them.
+
+    They have its name without extension, and a checksum of its path if the results of another file
+    have that name already.
+    """
     source = f"{zlib.crc32(bytes(path.resolve())):08x}"
     text = PngImagePlugin.PngInfo()
     text.add_text("Source", source)
@@ -552,7 +564,7 @@ def load_checkpoint(path, device="cpu"):
 def save_checkpoint(path, checkpoint, set_aside=None):
     """Write a checkpoint, so that a kill or a full disk leaves the old file as it is.
 
-    set_aside: a path for a copy of the old file, if it is to be kept.
+    set_aside: a path for a copy of the old file, if it is to be kept. Raises OSError.
     """
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
@@ -565,11 +577,12 @@ def check_place(path):
     """Raises ValueError or OSError, naming it, if a file cannot be written to this path."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder: rename it, or choose another place")
+    is_new = not path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")  # as in write_whole
     temporary.touch()
     temporary.unlink()
-    with contextlib.suppress(OSError):  # unless it is empty: there may be nothing to write
+    if is_new:  # there may be nothing to write
         path.parent.rmdir()
 
 
@@ -596,7 +609,7 @@ def pick_device(name):
 def write_json(path, checkpoint, data, methods, **more):
     """Write figures, {method: figures}, and where they come from."""
     figures = dict(checkpoint=str(checkpoint), data=str(data), **more, methods=methods)
-    write_whole(path, json.dumps(figures, indent=1).encode())
+    write_whole(path, (json.dumps(figures, indent=1) + "\n").encode())
     print(f"figures: {path}")
 
 
@@ -630,7 +643,8 @@ def parse_arguments(argv):
     add("--gif", action="store_true", help="animate the denoising")
     add("--image", type=Path, help="restore this picture; missing: --mask, transparent, or random")
     add("--mask", type=Path,
-        help="as large as --image; missing: from 16 of 255 (JPEG: above noise), of two the higher")
+        help="as large as --image; levels from 16 of 255 are missing (in a JPEG file: those above "
+             "its noise), of two levels the higher one")
     add("--size", type=between(1, 64), help="reduce --image to the size of the training images, 32")
     add("--evaluate", type=between(1, 10**6), nargs="?", const=1000,
         help="measure on so many test images (1,000 if no number is given; default 6, of an "
@@ -644,8 +658,10 @@ def parse_arguments(argv):
     args = parser.parse_args(argv)
     if args.sampler == "ddpm" and (args.steps or args.eta):
         parser.error("--steps and --eta are for DDIM; DDPM takes all timesteps")
-    if args.mask and args.size or (args.mask or args.size) and not args.image:
-        parser.error("--mask or --size are for --image; --size takes a complete picture")
+    if (args.mask or args.size) and not args.image:
+        parser.error("--mask and --size are for --image")
+    if args.mask and args.size:
+        parser.error("--size takes a complete picture: no --mask")
     if args.image and (args.evaluate or args.data):
         parser.error("--evaluate and --data are for test images, not for --image")
     args.sampling = any([args.sampler, args.steps, args.eta, args.samples, args.full, args.gif,
@@ -653,6 +669,14 @@ def parse_arguments(argv):
     if args.image and not args.size and args.sampling:
         parser.error("--image draws no samples: add --size 32 to see its middle as they do")
     return args
+
+
+def checksum(images, test_images):
+    """What tells sets of images apart, uint8 (N, C, H, W): their number and a checksum, as text."""
+    crc = 0
+    for part in (images, test_images):
+        crc = zlib.crc32(part.contiguous().numpy(), crc)
+    return f"{len(images):,} with checksum {crc:08x}"
 
 
 def load_images(checkpoint, args):
@@ -676,8 +700,7 @@ def load_images(checkpoint, args):
         name, images, _ = load(name, args.data_dir, train=False)
         if own_folder:
             _, others, _ = load(name, args.data_dir, train=True)
-            checksum = zlib.crc32(images.numpy(), zlib.crc32(others.numpy()))  # as in train.py
-            if not checkpoint["settings"]["images"].endswith(f"{checksum:08x}"):
+            if checkpoint["settings"].get("images") != checksum(others, images):
                 print(f"notice: {name} has other pictures than in training: some of the test "
                       f"images may have been trained on")
     if images.shape[1:] != (channels, side, side):

@@ -696,6 +696,9 @@ def test_cifar10_is_downloaded_from_the_first_right_address_and_unpacked_into_it
         places = {str(path.parent) for path in files_in(Path("."))}
         assert places == {".", "a/b", "a/b/cifar-10-batches-bin"}
         assert "downloading" not in quiet(load_cifar10, "a/b")[1]
+        Path("a/b/cifar-10-binary.tar.gz").unlink()  # the training files are there as well
+        (images, _), said = quiet(data.load_cifar10, "a/b", True)
+        assert len(images) == 10 and "downloading" not in said
 
 
 def test_an_archive_of_cifar10_put_where_the_message_says_is_used_and_kept():
@@ -1333,8 +1336,11 @@ def test_without_the_binary_version_of_cifar10_the_python_version_is_named():
 def test_an_older_python_is_told_what_it_needs():
     with patched(sys, version_info=(3, 10, 9)):
         refused(schedule, "", "Python 3.11 or later")
-    for path in HERE.glob("*.py"):  # nothing that 3.10 cannot read comes first
-        ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 10))
+    for path in HERE.glob("*.py"):  # syntax of 3.11, a[*b] and except*, would fail first
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            indices = getattr(getattr(node, "slice", None), "elts", [])
+            assert not any(isinstance(index, ast.Starred) for index in indices), path
+            assert not isinstance(node, ast.TryStar), path
 
 
 def test_the_checksum_of_cifar10_is_that_of_its_binary_version():
@@ -3276,6 +3282,9 @@ def test_a_place_that_cannot_be_written_is_noticed_before_measuring():
             for place in ("place", "m.pt/below", "m.pt", "./place/../m.pt"):
                 refused(sample, f"m.pt {flag} {place}")
         assert not reports and Path("m.pt").read_bytes() == before
+        for name, stays in (("place", True), ("new", False)):  # what was there, empty, stays there
+            sample.check_place(Path(name, "f.json"))
+            assert Path(name).exists() == stays
 
 
 def test_an_autoencoders_checkpoint_is_measured_by_its_own_report():
@@ -3653,6 +3662,10 @@ def test_a_folder_of_pictures_trains_both_models_on_every_device():
             assert "notice" not in works(sample, line)
         os.unlink("photos/7.png")
         assert f"notice: {Path('photos').resolve()} has other pictures" in works(sample, line)
+        older = checkpoint_of("out/dae")
+        del older["settings"]["images"]  # before there were checksums
+        torch.save(older, "older.pt")
+        assert "has other pictures" in works(sample, "older.pt --evaluate 1")
         assert "notice" not in works(sample, line + " --data photos")
 
 

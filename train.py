@@ -20,7 +20,6 @@ import os
 import signal
 import sys
 import time
-import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -123,7 +122,7 @@ def nf_task(args, images, test_images):
         config["num_latents"] = args.num_latents
     model = NFDenoiser(schedule.alphas_cumprod, covariance=pixel_covariance(images), **config)
     model, schedule = model.to(args.device), schedule.to(args.device)
-    fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    fast = torch.cuda.is_bf16_supported(including_emulation=False)  # a GPU that has it in hardware
 
     def batch_loss(index):
         with torch.autocast("cuda", torch.bfloat16, enabled=fast):
@@ -274,7 +273,7 @@ def train(task, optimizers, images, args, path, signals):
 
 @contextlib.contextmanager
 def noted_signals():
-    """A list that gets the numbers of Ctrl-C and SIGTERM; once it is not empty, they exit."""
+    """A list that gets the number of the first Ctrl-C or SIGTERM; the next one ends the program."""
     def note(number, frame):
         if signals:
             sys.exit(128 + number)
@@ -426,8 +425,7 @@ def load_images(args):
     if WORLD > 1:
         torch.distributed.broadcast_object_list(loaded)
     args.data, images, test_images = loaded
-    checksum = zlib.crc32(torch.cat([images, test_images]).numpy())
-    args.images = f"{len(images):,} with checksum {checksum:08x}"
+    args.images = sample.checksum(images, test_images)
     if args.batch_size > len(images):
         raise ValueError(f"--batch-size {args.batch_size} is more than {len(images):,} images")
     return images.to(args.device), test_images.to(args.device)
