@@ -12,10 +12,8 @@ A plain autoencoder is the same network with noisy = clean. Vincent et al. (ICML
 
 The lesson needs only torch: copy it anywhere. The lab uses data.py and noise.py, too.
 """
-import argparse
 import math
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -341,19 +339,14 @@ def lab(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    from data import between, make_parser
+    parser = make_parser(__doc__, datasets=True)
+    add, count = parser.add_argument, between(1, 10**7)
     add("--exercise", choices=[*TRAINED_ON, "all"])
-    add("--seeds", type=int, default=3, help="seeds for each model, default %(default)s")
-    add("--epochs", type=int, default=10, help="default %(default)s")
-    add("--batch-size", type=int, default=512)
-    add("--data", default="auto", help="auto, mnist, glyphs or a folder")
-    add("--data-dir", type=Path, default="data", help="folder of the data sets")
-    add("--out", type=Path, default="out", help="folder for the tables and pictures")
+    add("--seeds", type=count, default=3, help="seeds for each model, default %(default)s")
+    add("--epochs", type=count, default=10, help="default %(default)s")
+    add("--batch-size", type=count, default=512)
     args = parser.parse_args()
-    if min(args.seeds, args.epochs, args.batch_size) < 1:
-        parser.error("--seeds, --epochs and --batch-size must be at least 1")
     if args.exercise:
         lab(args)
     else:

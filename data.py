@@ -575,6 +575,28 @@ def axis(lists, start, end):
     return [np.interp(xs, numbers, places) for xs in lists], dict(zip(places, labels))
 
 
+def make_parser(doc, datasets=False):
+    """A command line with --out, and with --data and --data-dir if it takes data sets."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("out"), help="folder for everything that is written")
+    if datasets:
+        add("--data", default="auto", help="auto, cifar10, mnist, leaves, glyphs or a folder")
+        add("--data-dir", type=Path, default=Path("data"), help="folder of the data sets")
+    return parser
+
+
+def between(low, high, kind=int):
+    """A type for argparse: numbers from low to high."""
+    def parse(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"must be between {low} and {high}, got {text}")
+        return kind(text)
+    parse.__name__ = kind.__name__  # for argparse's message
+    return parse
+
+
 class Output:
     """Standard output that may be missing, closed, or of any encoding: printing never fails."""
 
@@ -612,12 +634,8 @@ def run(main):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("--data", default="auto", help="cifar10, mnist, leaves, glyphs or a folder")
-    add("--data-dir", type=Path, default="data", help="where data sets lie")
-    add("--out", type=Path, default="out", help="folder for the picture")
-    add("--seed", type=int, default=0, help="seed of the masks")
+    parser = make_parser(__doc__, datasets=True)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the masks")
     args = parser.parse_args()
     name, images, _ = load_dataset(args.data, args.data_dir, train=False)
     print(f"{name}: {len(images):,} test images {tuple(images.shape[1:])}")

@@ -7,9 +7,7 @@ one: Vincent et al., "Stacked Denoising Autoencoders" (JMLR 2010), sections 3.1 
 
 Needs torch; the picture needs data.py, too.
 """
-import argparse
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -132,10 +130,8 @@ def check_noise(images, strength, highest):
 
 
 def main():
-    from data import image_grid, make_glyphs, save_pictures
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the picture")
-    args = parser.parse_args()
+    from data import image_grid, make_glyphs, make_parser, save_pictures
+    args = make_parser(__doc__).parse_args()
     clean = make_glyphs(1, seed=0)[0] / 255  # (1, 1, 28, 28)
     strengths = 0.1, 0.2, 0.3, 0.4, 0.5
     rows, captions = [], []

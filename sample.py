@@ -16,7 +16,6 @@ at the output coordinates, (B, N_out, C).
 import os
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # before torch is imported
-import argparse
 import io
 import json
 import math
@@ -33,9 +32,9 @@ import torch.nn.functional as F
 from PIL import Image, PngImagePlugin
 
 from autoencoder import DenoisingAutoencoder, report_autoencoder
-from data import (fixed_order, heat, image_grid, load_dataset, load_picture, off_grid_split,
-                  open_picture, run, save_pictures, sparse_split, square_picture, to_picture,
-                  to_signed, to_unit, write_whole)
+from data import (between, fixed_order, heat, image_grid, load_dataset, load_picture, make_parser,
+                  off_grid_split, open_picture, run, save_pictures, sparse_split, square_picture,
+                  to_picture, to_signed, to_unit, write_whole)
 from nf_denoiser import (GaussianField, NFDenoiser, ddim_sample, ddpm_sample,
                          exponential_covariance, likely_variance, mirror, one_step_mean, read_at,
                          scatter)
@@ -614,19 +613,9 @@ def write_json(path, checkpoint, data, methods, **more):
 
 
 # ------------------------------------------------------------------------------------------ main
-def between(low, high, kind=int):
-    """A type for argparse: numbers from low to high."""
-    def parse(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"must be between {low} and {high}, got {text}")
-        return kind(text)
-    parse.__name__ = kind.__name__  # for argparse's message
-    return parse
-
-
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, datasets=True)
+    parser.set_defaults(data=None)  # what the model was trained on
     add = parser.add_argument
     add("checkpoint", nargs="?", type=Path, help="default: newest below --out; --image: shipped")
     add("--sampler", choices=["ddim", "ddpm"], help="default ddim")
@@ -651,9 +640,6 @@ def parse_arguments(argv):
              "autoencoder all)")
     add("--export", type=Path, help="write the weights alone, in half precision, to this file")
     add("--json", type=Path, help="write the figures of the table to this file")
-    add("--data", help="default: what the model was trained on")
-    add("--data-dir", type=Path, default=Path("data"), help="folder of the data sets")
-    add("--out", type=Path, default=Path("out"), help="folder for everything that is written")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     if args.sampler == "ddpm" and (args.steps or args.eta):
@@ -671,12 +657,9 @@ def parse_arguments(argv):
     return args
 
 
-def checksum(images, test_images):
+def checksum(images):
     """What tells sets of images apart, uint8 (N, C, H, W): their number and a checksum, as text."""
-    crc = 0
-    for part in (images, test_images):
-        crc = zlib.crc32(part.contiguous().numpy(), crc)
-    return f"{len(images):,} with checksum {crc:08x}"
+    return f"{len(images):,} with checksum {zlib.crc32(images.contiguous().numpy()):08x}"
 
 
 def load_images(checkpoint, args):
@@ -696,13 +679,11 @@ def load_images(checkpoint, args):
         if own_folder and not os.path.isdir(name):
             raise ValueError(f"{args.checkpoint} was trained on pictures in {name}, which is not "
                              f"there now: add --data and the folder that has them")
-        load = partial(load_dataset, real="cifar10" if channels == 3 else "mnist")
-        name, images, _ = load(name, args.data_dir, train=False)
-        if own_folder:
-            _, others, _ = load(name, args.data_dir, train=True)
-            if checkpoint["settings"].get("images") != checksum(others, images):
-                print(f"notice: {name} has other pictures than in training: some of the test "
-                      f"images may have been trained on")
+        real = "cifar10" if channels == 3 else "mnist"
+        name, images, _ = load_dataset(name, args.data_dir, train=False, real=real)
+        if own_folder and checkpoint["settings"].get("test_images") != checksum(images):
+            print(f"notice: {name} has other pictures than in training: some of the test images "
+                  f"may have been trained on")
     if images.shape[1:] != (channels, side, side):
         raise ValueError(f"{args.checkpoint} takes images of {channels} x {side} x {side}, and "
                          f"those of {name} are {tuple(images.shape[1:])}")

@@ -10,9 +10,7 @@ Timesteps         0 (almost clean) to T - 1 (almost pure noise); -1: clean data,
 DDPM: Ho et al. (2020, arXiv 2006.11239). DDIM: Song et al. (2021, arXiv 2010.02502). Improved
 DDPM: Nichol & Dhariwal (2021, arXiv 2102.09672). Needs torch; the picture needs data.py, too.
 """
-import argparse
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -198,10 +196,9 @@ def check_steps_and_eta(num_steps, timesteps, eta):
 
 
 def main():
-    from data import line_chart, save_pictures
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    from data import line_chart, make_parser, save_pictures
+    parser = make_parser(__doc__)
     parser.add_argument("--timesteps", type=int, default=1000, help="T, length of the diffusion")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the picture")
     args = parser.parse_args()
     curves = {}
     for name in ("cosine", "linear"):

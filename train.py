@@ -13,7 +13,6 @@ autoencoder.py. A resumed run repeats an uninterrupted one, on a CPU bit for bit
 writes checkpoint.pt, loss.png, samples.png and results.json; an older checkpoint.pt becomes
 checkpoint-old.pt.
 """
-import argparse
 import contextlib
 import math
 import os
@@ -29,8 +28,8 @@ from PIL import Image
 
 from autoencoder import (DenoisingAutoencoder, autoencoder_loss, corrupt, corrupt_test,
                          report_autoencoder)
-from data import (BUILT_IN, fixed_order, line_chart, load_dataset, off_grid_split, run,
-                  save_pictures, sparse_split)
+from data import (BUILT_IN, between, fixed_order, line_chart, load_dataset, make_parser,
+                  off_grid_split, run, save_pictures, sparse_split)
 from nf_denoiser import PARTS, SIZES, NFDenoiser, nf_loss, pixel_covariance
 from noise import NOISES
 from schedule import DiffusionSchedule
@@ -342,9 +341,8 @@ FREE = {"steps", "epochs", "device", "resume", "evaluate", "out", "data", "data_
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, count = parser.add_argument, sample.between(1, 10**7)
+    parser = make_parser(__doc__, datasets=True)
+    add, count = parser.add_argument, between(1, 10**7)
     add("--model", choices=["nf", "dae", "ae"], default="nf")
     add("--size", choices=SIZES, default="small", help="nf only; default %(default)s")
     add("--parts", nargs="+", choices=PARTS, default=PARTS, help="nf only")
@@ -356,15 +354,12 @@ def parse_arguments(argv):
     add("--beta-schedule", choices=["cosine", "linear"], default="cosine", help="nf only")
     add("--noise", choices=[*NOISES, "mixed"], default="gaussian", help="dae only")
     add("--noise-param", type=float, help="dae only (default 0.3, salt_pepper 0.2)")
-    add("--data", default="auto", help="auto, cifar10, mnist, leaves, glyphs or your own folder")
-    add("--data-dir", type=Path, default="data", help="folder of the data sets")
-    add("--out", type=Path, default="out", help="folder for everything that is written")
     length = parser.add_mutually_exclusive_group().add_argument
     length("--steps", type=count, help="how many batches to train on")
     length("--epochs", type=count, help="or how many times through the data")
     add("--batch-size", type=count)
-    add("--lr", type=sample.between(1e-12, 1e99, float), help="peak learning rate")
-    add("--seed", type=sample.between(0, 2**31 - 1), default=42)
+    add("--lr", type=between(1e-12, 1e99, float), help="peak learning rate")
+    add("--seed", type=between(0, 2**31 - 1), default=42)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--resume", action="store_true", help="continue from the checkpoint below --out")
     add("--evaluate", type=count, help="test images in the closing table (nf: 200, others: all)")
@@ -411,8 +406,8 @@ def start_processes(args):
 def load_images(args):
     """Training and test images, uint8 (N, C, H, W). Sets args.data to the set that was loaded.
 
-    The first process sends them to all others. args.images, a checksum, is what a resumed run
-    compares: a folder may have been moved, or have got new pictures.
+    The first process sends them to all others. A resumed run compares their checksums: a folder
+    may have been moved, or have got new pictures.
     """
     loaded = [None, None, None]
     if RANK == 0:
@@ -425,7 +420,7 @@ def load_images(args):
     if WORLD > 1:
         torch.distributed.broadcast_object_list(loaded)
     args.data, images, test_images = loaded
-    args.images = sample.checksum(images, test_images)
+    args.images, args.test_images = sample.checksum(images), sample.checksum(test_images)
     if args.batch_size > len(images):
         raise ValueError(f"--batch-size {args.batch_size} is more than {len(images):,} images")
     return images.to(args.device), test_images.to(args.device)
