@@ -212,10 +212,10 @@ class NFDenoiser(nn.Module):
         check_parts(parts, widths, side)
         self.register_buffer("alphas_cumprod", alphas_cumprod.detach().float().cpu())
         self.side, self.unet, self.perceiver = side, None, None
-        self.prior = IndependentPixels(side)
+        self.posterior = IndependentPixels(side)
         if "gaussian" in parts:
             K = exponential_covariance(side) if covariance is None else covariance
-            self.prior = GaussianField(K.detach().float().cpu())
+            self.posterior = GaussianField(K.detach().float().cpu())
         if "unet" in parts:
             self.unet = UNet(channels + 3, widths)
             self.unet_to_values = nn.Linear(widths[0], channels)
@@ -255,12 +255,12 @@ class NFDenoiser(nn.Module):
             noise_variance = (1 - alpha_bar) / alpha_bar
             if x_t is not None:
                 y_t = (x_t.to(x_in) @ self.colours) / alpha_bar.sqrt() - mean
-            y_image, y_out, variance = self.prior(input_coords, y_in, output_coords, y_t,
-                                                  noise_variance)
+            y_image, y_out, variance = self.posterior(input_coords, y_in, output_coords, y_t,
+                                                      noise_variance)
             # x_0 is known up to `unexplained` from its neighbours, and up to noise_variance from
             # x_t: together, up to std^2, since precisions (1 / variance) add up. Scaled by std, the
             # network's answers have the same size at every t: c_out of Karras et al. (2022).
-            std = (1 / (self.prior.unexplained * variance) + 1 / noise_variance).rsqrt()
+            std = (1 / (self.posterior.unexplained * variance) + 1 / noise_variance).rsqrt()
             contrast = variance.sqrt()                                     # (B, 1, C)
 
         answer, features = torch.zeros_like(y_out), []  # no features without a U-Net

@@ -464,8 +464,8 @@ def report_picture(model, schedule, path, folder, mask=None, input_ratio=0.2, se
     if has_truth:
         krige = partial(kriging, covariance=exponential_covariance(model.side))
         methods = {"nearest": nearest, "kriging": krige, **methods}
-    if isinstance(model.prior, GaussianField):
-        model.prior = PrecisionField(model.prior.covariance)
+    if isinstance(model.posterior, GaussianField):
+        model.posterior = PrecisionField(model.posterior.covariance)
     # the comparison is for the eye: at most 1,000 pixels a side
     reduced = torch.nn.AvgPool2d(math.ceil(max(input_mask.shape) / 1000), ceil_mode=True)
     columns, results = {"given": reduced(to_unit(given))}, {}
