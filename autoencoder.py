@@ -46,7 +46,7 @@ class DenoisingAutoencoder(nn.Module):
             if isinstance(layer, nn.Linear):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                 nn.init.zeros_(layer.bias)
-        # smaller, so that the first output is close to its bias: Glorot & Bengio (2010), eq. 12
+        # the last layer: smaller (Glorot & Bengio, 2010, eq. 12), so its output starts at its bias
         nn.init.xavier_normal_(self.decoder[-2].weight)
 
     @torch.no_grad()
@@ -95,7 +95,7 @@ def train_autoencoder(model, images, corrupt, epochs=10, batch_size=512, lr=6e-3
     batches = max(1, len(images) // batch_size)  # in an epoch; an incomplete last one is left out
     steps, step = epochs * batches, 0
     for epoch in range(epochs):
-        torch.manual_seed(seed * 1_000_003 + epoch)  # seeded as in train.py, which also clips
+        torch.manual_seed(seed * 1_000_003 + epoch)  # as in train.py, which also clips gradients
         order = torch.randperm(len(images)).to(images.device)
         for index in order.split(batch_size)[:batches]:
             torch.manual_seed(seed * 1_000_003 + step)

@@ -72,7 +72,7 @@ def sparse_split(images, input_ratio=0.2, output_ratio=0.2, generator=None, orde
 
     images: (B, C, H, W), uint8 (mapped to [-1, 1]) or float (taken as they are). A ratio takes
     int(H * W * ratio) pixels; output_ratio None takes all that are not input. order: random
-    numbers (B, H * W), such as fixed_order's; None draws them with `generator`.
+    numbers (B, H * W), always the same for a fixed mask; None draws them with `generator`.
     Returns a dict: full_image (B, C, H, W), input_coords (B, N_in, 2), input_values (B, N_in, C),
     input_indices (B, N_in), the same for the output. A coordinate is (x, y) = (column, row) /
     (side - 1), an index row * W + column. Raises ValueError for ratios of no or too many pixels."""

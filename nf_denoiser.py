@@ -38,15 +38,15 @@ class Attention(nn.Module):
 
     Each head replaces a vector by a weighted mean of the values v_j of its context:
 
-        logits_ij  = R_i q_i . R_j k_j / sqrt(d) - |p_i - p_j|^2 / (2 reach^2) + log w_j
+        logits_ij  = (R_i q_i) . (R_j k_j) / sqrt(d) - |p_i - p_j|^2 / (2 reach^2) + log w_j
         weights_ij = exp(logits_ij) / sum_j exp(logits_ij)                        (softmax)
         y_i        = sum_j weights_ij v_j
 
-    The first term says how alike query and key are, seen from each other: `rotate` (R) makes it
-    depend on p_i - p_j, too. The second, with the coordinates p, makes the weights fall with
-    distance like a Gaussian of standard deviation `reach`, one for each head: alone it would be
-    kernel regression (Nadaraya, 1964). The third multiplies the weight of j by w_j, since
-    exp(a + log w) = w exp(a).
+    The first term says how alike query and key are; R_i (`rotate`) turns pairs of numbers by angles
+    that grow with the coordinates p_i, so that p_i - p_j counts, too. The second makes the weights
+    fall with distance like a Gaussian of standard deviation `reach`, one for each head: alone it
+    would be kernel regression (Nadaraya, 1964), a mean in which near values count more. The third
+    multiplies the weight of j by w_j, since exp(a + log w) = w exp(a): noisy pixels count less.
 
     x (B, N, dim) attends to context (B, M, dim) -> (B, N, dim). log_w: (B, M) or None. With
     placed=True it needs the coordinates (B, N, 2) and (B, M, 2). Raises ValueError if dim is not a
@@ -74,9 +74,9 @@ class Attention(nn.Module):
         d = q.shape[-1]
         q = q / math.sqrt(d)
         if self.log_reach is not None:
-            # -|p - p'|^2 = 2 p . p' - |p'|^2 - |p|^2, and the softmax cancels the last term, which
-            # is the same for all j. The others are products of something of i and something of j,
-            # so they become three more columns of q and k: no matrix of distances is stored.
+            # -|p - p'|^2 / 2 = p . p' - |p'|^2 / 2 - |p|^2 / 2. The last term is the same for each
+            # j, so the softmax cancels it. The others are a dot product of (p, 1) and (p', -|p'|^2
+            # / 2), divided by reach^2: three more columns of q and k, no matrix of distances.
             p = x_coords[:, None] - 0.5        # from the centre: smaller numbers, smaller errors
             p_context = (context_coords[:, None] - 0.5).expand(*k.shape[:3], 2)
             squared = p_context.square().sum(dim=-1, keepdim=True)         # (B, heads, M, 1)
@@ -95,9 +95,9 @@ class Attention(nn.Module):
 class PerceiverIO(nn.Module):
     """A set of vectors in, an answer for each query out. Perceiver IO (Jaegle et al.), fig. 2.
 
-    Latents read the inputs (encoder), then each other (processor); queries read the latents
-    (decoder). Each step is a Block: attention, then an MLP, each added to its input. With few
-    latents that costs less than if all vectors read each other.
+    Latents are the vectors that it works on: they read the inputs (encoder), then each other
+    (processor); queries read the latents (decoder). Each step is a Block: attention, then an MLP,
+    each added to its input. Few latents cost less than if all vectors read each other.
 
     num_latents=None places a latent at each input: it starts as that input and attends by distance,
     so it can interpolate from the first step. A number takes so many learned vectors without a
@@ -125,8 +125,8 @@ class PerceiverIO(nn.Module):
     def forward(self, inputs, input_coords, queries, query_coords, log_w=None):
         """inputs (B, N, input_dim), queries (B, M, query_dim) -> (B, M, output_dim).
 
-        Coordinates (B, N, 2) and (B, M, 2) in [0, 1]. log_w (B, 1): if given, the latents read the
-        queries, too, with the weights of these multiplied by w.
+        Coordinates (B, N, 2) and (B, M, 2) in [0, 1]. log_w (B, 1): if given, queries hold noisy
+        pixels, so the latents read them, too, with their attention weights multiplied by w.
         """
         inputs, queries = self.embed_inputs(inputs), self.embed_queries(queries)
         context, context_coords = inputs, input_coords
@@ -149,9 +149,9 @@ class PerceiverIO(nn.Module):
 class GaussianField(nn.Module):
     """Posterior mean of an image, given clean and noisy pixels, if it were a Gaussian random field.
 
-    Such a field knows only how alike any two pixels are: their covariance K. From one seen pixel
-    the best guess for another is K(other, seen) / (K(seen, seen) + D) y: the noisier or the less
-    alike, the nearer to the mean. From several, it solves a linear system, known as kriging:
+    Such a field knows only how alike any two pixels are: their covariance K. A seen pixel, y above
+    the mean with noise variance D, says K(other, seen) / (K(seen, seen) + D) y about another: less
+    if it is noisier or less alike. With several, it solves a linear system, known as kriging:
 
         posterior_mean = K(all, seen) (K(seen, seen) + D)^-1 y      Rasmussen & Williams, eq. 2.23
 
@@ -163,7 +163,7 @@ class GaussianField(nn.Module):
     """
 
     jitter = 1e-3       # D of the clean pixels: keeps K invertible
-    unexplained = 0.07  # share of the variance that is left when 20% of the pixels are known
+    unexplained = 0.07  # share of the variance left with 20% of the pixels known; a rough constant
 
     def __init__(self, covariance):
         super().__init__()
@@ -188,7 +188,7 @@ class GaussianField(nn.Module):
         noise = torch.full_like(y_in, self.jitter)
         weights = solve(K[:, :n_in, :n_in], noise[..., :1], y_in)  # one D for all channels
         quadratic = (y_in * weights).sum(dim=1, keepdim=True)
-        variance = likely_variance(quadratic, n_in)                        # (B, 1, C)
+        variance = likely_variance(quadratic, n_in)  # (B, 1, C): about y^T (K + D)^-1 y / N_in
         if y_t is not None:  # the same system with all N = N_in + N_out pixels
             noise_t = (noise_variance / variance).expand_as(y_t)
             weights = solve(K, torch.cat([noise, noise_t], dim=1), y)
@@ -261,9 +261,9 @@ class NFDenoiser(nn.Module):
             # x_t: together, up to std^2, since precisions (1 / variance) add up. Scaled by std, the
             # network's answers have the same size at every t: c_out of Karras et al. (2022).
             std = (1 / (self.posterior.unexplained * variance) + 1 / noise_variance).rsqrt()
-            contrast = variance.sqrt()                                     # (B, 1, C)
+            contrast = variance.sqrt()  # (B, 1, C), the standard deviation of each colour
 
-        answer, features = torch.zeros_like(y_out), []  # no features without a U-Net
+        answer, features = torch.zeros_like(y_out), []  # x_t enters by y_image and y_out
         if self.unet:
             picture = y_image / contrast.mT[..., None]                     # (B, C, side, side)
             image = self.unet(unet_planes(picture, input_coords, output_coords, alpha_bar))
@@ -296,7 +296,7 @@ def nf_loss(model, schedule, split, pure_noise, rows=slice(None)):
     batch see the same numbers as one process alone.
     """
     x_0, T = split["output_values"], schedule.timesteps
-    first = T - 1 if pure_noise else 0  # the only number from T - 1 to T is T - 1
+    first = T - 1 if pure_noise else 0  # randint leaves T out, so from T - 1 on there is only T - 1
     t = torch.randint(first, T, (len(x_0),), device=x_0.device)
     x_t = None
     if not pure_noise:
@@ -323,10 +323,15 @@ def ddim_sample(model, schedule, output_coords, input_coords, input_values, num_
                 generator=None, on_step=None):
     """Draw output values (B, N_out, C): from Gaussian noise at output_coords, by schedule.ddim.
 
-    Arguments are those of one_step_mean and of schedule.ddim, as are errors. Not clamped.
+    Arguments and errors are those of one_step_mean and of schedule.ddim. Not clamped.
     """
-    from schedule import ddim
-    denoise, x_T = condition(model, output_coords, input_coords, input_values, generator)
+    from schedule import ddim, normal_like
+
+    def denoise(x_t, t):
+        return model(x_t, output_coords, t, input_coords, input_values)
+
+    like = input_values[:, :1].expand(-1, output_coords.shape[1], -1)      # (B, N_out, C)
+    x_T = normal_like(like, generator)
     return ddim(denoise, schedule, x_T, num_steps, eta, generator, on_step)
 
 
@@ -489,22 +494,16 @@ class IndependentPixels(nn.Module):
         return scatter(coords, values, self.side), y_out, variance
 
 
-def condition(model, output_coords, input_coords, input_values, generator):
-    """What the samplers of schedule.py need: denoise(x_t, t), and noise x_T (B, N_out, C)."""
-    from schedule import normal_like
+def ddpm_sample(model, schedule, output_coords, input_coords, input_values, generator=None,
+                on_step=None):
+    """Like ddim_sample, by schedule.ddpm."""
+    from schedule import ddpm, normal_like
 
     def denoise(x_t, t):
         return model(x_t, output_coords, t, input_coords, input_values)
 
     like = input_values[:, :1].expand(-1, output_coords.shape[1], -1)      # (B, N_out, C)
-    return denoise, normal_like(like, generator)
-
-
-def ddpm_sample(model, schedule, output_coords, input_coords, input_values, generator=None,
-                on_step=None):
-    """Like ddim_sample, by schedule.ddpm."""
-    from schedule import ddpm
-    denoise, x_T = condition(model, output_coords, input_coords, input_values, generator)
+    x_T = normal_like(like, generator)
     return ddpm(denoise, schedule, x_T, generator, on_step)
 
 

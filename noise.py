@@ -33,7 +33,7 @@ def add_salt_pepper_noise(images, noise_prob=0.2, generator=None):
     Otherwise like add_gaussian_noise.
     """
     check_noise(images, noise_prob, 1)
-    u = uniform_per_pixel(images, generator)
+    u = uniform_per_pixel(images, generator)  # 0 to 1, one number for all channels of a pixel
     salted = images.masked_fill(u < noise_prob, 1)
     return salted.masked_fill(u < noise_prob / 2, 0)
 

@@ -49,13 +49,6 @@ def nearest(output_coords, input_coords, input_values):
     return input_values.take_along_dim(index, dim=1)
 
 
-def inverse_distance(output_coords, input_coords, input_values):
-    """The mean of all input pixels, weighted by distance^-4 (Shepard, 1968)."""
-    distance = torch.cdist(output_coords, input_coords).clamp(min=1e-6)
-    weights = distance**-4                                                 # (B, N_out, N_in)
-    return weights / weights.sum(dim=2, keepdim=True) @ input_values
-
-
 def kriging(output_coords, input_coords, input_values, covariance):
     """The mean of a Gaussian random field, given the inputs: GaussianField of nf_denoiser.py.
 
@@ -75,8 +68,8 @@ def reconstruct(model, schedule, split, draw=None, n_drawn=0):
     The one-step mean estimates E[x_0 | x_in], the mean of all images that fit the input. Nothing
     has a lower squared error, but it is blurred where several images fit. A sample is one of those
     images: sharp, with about twice the squared error, since it differs from the mean as much as the
-    truth does. draw(output_coords, input_coords, input_values) denoises the first n_drawn outputs
-    jointly, so that they fit each other; the others are the mean, given the input and this sample.
+    truth does. draw, such as ddim_sample without model and schedule, denoises the first n_drawn
+    outputs (those measured) jointly; the others are the mean, given the input and these.
     """
     coords = split["output_coords"]
     known = split["input_coords"], split["input_values"]
@@ -88,6 +81,16 @@ def reconstruct(model, schedule, split, draw=None, n_drawn=0):
     answers["inverse distance"] = inverse_distance(coords, *known)
     answers["nearest"] = nearest(coords, *known)
     return {method: values.clamp(-1, 1) for method, values in answers.items()}
+
+
+def draw_sample(model, schedule, split, draw, n_drawn):
+    """The sample of reconstruct: (B, N_out, C) in [-1, 1]."""
+    drawn, others = split["output_coords"].tensor_split([n_drawn], dim=1)
+    values = draw(drawn, split["input_coords"], split["input_values"]).clamp(-1, 1)
+    known_coords = torch.cat([split["input_coords"], drawn], dim=1)
+    known_values = torch.cat([split["input_values"], values], dim=1)
+    mean = one_step_mean(model, schedule, others, known_coords, known_values)
+    return torch.cat([values, mean], dim=1).clamp(-1, 1)
 
 
 # -------------------------------------------------------------- a photograph, window after window
@@ -113,7 +116,7 @@ def restore(image, input_mask, answer, side=32, on_step=None, wanted=True):
     half = torch.nn.AvgPool2d(2, ceil_mode=True)
     given = half(mask)
     small = half(image * mask) / given.clamp(min=0.1)  # the mean of the given ones of four pixels
-    used = F.max_pool2d(depth, 4, stride=2, padding=1, ceil_mode=True)[0] > 0  # by lerp
+    used = F.max_pool2d(depth, 4, stride=2, padding=1, ceil_mode=True)[0] > 0  # by the last line
     small = restore(small, given[0] > 0, answer, side, on_step, used)
     small = F.interpolate(small[None], scale_factor=2, mode="bilinear")[0]
     return torch.lerp(restored, small[:, :image.shape[1], :image.shape[2]], depth)
@@ -165,14 +168,11 @@ def restore_windows(image, input_mask, answer, side, on_step=None, wanted=True):
     return pixels.mT.view_as(image)
 
 
-def draw_sample(model, schedule, split, draw, n_drawn):
-    """The sample of reconstruct: (B, N_out, C) in [-1, 1]."""
-    drawn, others = split["output_coords"].tensor_split([n_drawn], dim=1)
-    values = draw(drawn, split["input_coords"], split["input_values"]).clamp(-1, 1)
-    known_coords = torch.cat([split["input_coords"], drawn], dim=1)
-    known_values = torch.cat([split["input_values"], values], dim=1)
-    mean = one_step_mean(model, schedule, others, known_coords, known_values)
-    return torch.cat([values, mean], dim=1).clamp(-1, 1)
+def inverse_distance(output_coords, input_coords, input_values):
+    """The mean of all input pixels, weighted by distance^-4 (Shepard, 1968)."""
+    distance = torch.cdist(output_coords, input_coords).clamp(min=1e-6)
+    weights = distance**-4                                                 # (B, N_out, N_in)
+    return weights / weights.sum(dim=2, keepdim=True) @ input_values
 
 
 def depth_of_holes(mask):

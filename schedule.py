@@ -20,13 +20,13 @@ def cosine_beta_schedule(timesteps, s=0.008):
     """Betas for which alpha_bar follows a squared cosine. Improved DDPM, eq. 17.
 
     Linear betas spend their last fifth on almost pure noise; the cosine spreads the loss of signal
-    over all steps. The offset s and the clamp: no tiny betas at first, no beta of 1 at the end.
+    over all steps. The offset s avoids tiny betas at first, the clamp a beta of 1 at the end.
     timesteps: T, 1 to 10,000. Returns float64 (T,). Raises ValueError for another T.
     """
     check_timesteps(timesteps)
     u = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
     alpha_bar = torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2
-    betas = 1 - alpha_bar[1:] / alpha_bar[:-1]
+    betas = 1 - alpha_bar[1:] / alpha_bar[:-1]  # 1 - alpha_t
     return betas.clamp(0.0001, 0.9999)
 
 
@@ -54,7 +54,7 @@ class DiffusionSchedule:
         # solved for x_0: x_0 = sqrt(1 / alpha_bar) x_t - sqrt(1 / alpha_bar - 1) eps
         self.sqrt_recip_alphas_cumprod = (1 / alpha_bar).sqrt()
         self.sqrt_recipm1_alphas_cumprod = (1 / alpha_bar - 1).sqrt()
-        # of q(x_{t-1} | x_t, x_0) = N(coef_x_0 x_0 + coef_x_t x_t, variance): DDPM, eq. 6 and 7
+        # x_{t-1} if x_t and x_0 are known: N(coef_x_0 x_0 + coef_x_t x_t, variance). DDPM, eq. 6, 7
         self.posterior_variance = betas * (1 - alpha_bar_prev) / (1 - alpha_bar)
         self.posterior_log_variance = self.posterior_variance.clamp(min=1e-20).log()
         self.posterior_mean_coef_x_0 = alpha_bar_prev.sqrt() * betas / (1 - alpha_bar)
@@ -70,7 +70,7 @@ class DiffusionSchedule:
 
     def q_sample(self, x_0, t, noise):
         """Noisy data x_t from clean data x_0, in one go for any t. DDPM, eq. 4."""
-        t = as_index(t, x_0, self.timesteps)
+        t = as_index(t, x_0, self.timesteps)  # (B or 1, 1, ..., 1), for constants[t] * x_0
         x_t = self.sqrt_alphas_cumprod[t] * x_0 + self.sqrt_one_minus_alphas_cumprod[t] * noise
         return x_t.to(x_0.dtype)
 
@@ -92,7 +92,7 @@ class DiffusionSchedule:
         alpha_bars = F.pad(self.alphas_cumprod, (0, 1), value=1.0)  # alpha_bars[-1]: clean data
         alpha_bar = alpha_bars[as_index(t, x_t, self.timesteps)]
         alpha_bar_next = alpha_bars[as_index(t_next, x_t, self.timesteps, lowest=-1)]
-        # eq. 16, squared: the variance of the new noise
+        # eq. 16, squared: sigma^2, the variance of the new noise
         new = eta**2 * (1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)
         # the old noise makes up the rest: together they have the variance 1 - alpha_bar_next
         old = (1 - alpha_bar_next - new).clamp(min=0)
@@ -127,7 +127,9 @@ def ddim(denoise, schedule, x_T, num_steps=50, eta=0.0, generator=None, on_step=
     timesteps = timesteps.round().int().tolist()  # evenly from T - 1 to 0
     x_t = x_T
     for t, t_next in zip(timesteps, [*timesteps[1:], -1]):  # the last step leads to clean data
-        x_0_hat = predict_x_0(denoise, x_t, t, on_step)
+        x_0_hat = denoise(x_t, torch.full((len(x_t),), t, device=x_t.device))
+        if on_step:
+            on_step(t, x_t, x_0_hat)
         noise = normal_like(x_t, generator) if eta > 0 else None
         x_t = schedule.ddim_step(x_t, x_0_hat, t, t_next, eta, noise)
     return x_t
@@ -138,7 +140,9 @@ def ddpm(denoise, schedule, x_T, generator=None, on_step=None):
     """Ancestral sampling over all T timesteps. DDPM, algorithm 2. Otherwise like ddim."""
     x_t = x_T
     for t in reversed(range(schedule.timesteps)):
-        x_0_hat = predict_x_0(denoise, x_t, t, on_step)
+        x_0_hat = denoise(x_t, torch.full((len(x_t),), t, device=x_t.device))
+        if on_step:
+            on_step(t, x_t, x_0_hat)
         noise = normal_like(x_t, generator) if t > 0 else torch.zeros_like(x_t)
         x_t = schedule.ddpm_step(x_t, x_0_hat, t, noise)
     return x_t
@@ -158,15 +162,6 @@ def linear_beta_schedule(timesteps, beta_start=0.0001, beta_end=0.02):
         raise ValueError(f"betas must lie between 0 and 1, got {beta_start} to {beta_end}")
     betas = torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64)
     return (betas * 1000 / timesteps).clamp(max=0.9999)
-
-
-def predict_x_0(denoise, x_t, t, on_step):
-    """denoise(x_t, t) with t, an int, as int64 (B,); on_step gets the result, too."""
-    t_batch = torch.full((len(x_t),), t, device=x_t.device)
-    x_0_hat = denoise(x_t, t_batch)
-    if on_step is not None:
-        on_step(t, x_t, x_0_hat)
-    return x_0_hat
 
 
 def as_index(t, x, timesteps, lowest=0):

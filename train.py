@@ -42,11 +42,11 @@ def field_loss(model, schedule, images, index, args):
     """The loss, a scalar, of a batch: the images `index` of images uint8 (N, C, H, W).
 
     Half of the batch trains the one-step mean, half the steps of a sampler."""
-    rows = slice(RANK, None, WORLD)  # this process's share of each half
+    rows = slice(RANK, None, WORLD)  # this process's share of each half; all rows if it is alone
     mean_half, sampling_half = index.chunk(2)
     losses = []
     for half, pure_noise in ((mean_half, True), (sampling_half, False)):
-        split = draw_split(images, half, args, pure_noise)
+        split = draw_split(images, half, args, pure_noise)  # by data.sparse_split
         losses.append(nf_loss(model, schedule, split, pure_noise, rows))
     return sum(losses) / 2
 
@@ -54,10 +54,10 @@ def field_loss(model, schedule, images, index, args):
 class Muon(torch.optim.Optimizer):
     """Momentum whose matrices are made orthogonal. Jordan et al. (2024), kellerjordan.github.io.
 
-    A gradient's largest singular values belong to a few directions that many examples share; a
-    step along it hardly moves all others. The nearest orthogonal matrix has the same directions,
-    all with singular value 1. An odd polynomial of a matrix acts on its singular values: five times
-    s -> 3.4445 s - 4.7750 s^3 + 2.0315 s^5 brings any s from 0.01 to 1 to between 0.7 and 1.2.
+    A gradient is U S V^T. A few of its singular values S are large, so a step along it changes
+    little in the other directions. U V^T has the same directions, all with singular value 1. As
+    (X X^T) X = U S^3 V^T, polynomials of X act on S: five times s -> 3.4445 s - 4.7750 s^3 +
+    2.0315 s^5 brings any s from 0.01 to 1 to between 0.7 and 1.2.
     Kernels are matrices (out, in * 9)."""
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.01):
@@ -82,8 +82,8 @@ class Muon(torch.optim.Optimizer):
 def training_loop(task, optimizers, images, args, first=0):
     """Train: yields (steps done, loss) after each step from `first`.
 
-    task: has model, its batch_loss(index), and warmup, a share of the steps. Order and random
-    numbers are seeded with those of epoch and step, so that a run can be resumed at any step."""
+    task: has model, its batch_loss(index), and warmup, a share of the steps. The order is
+    seeded with the epoch, other random numbers with the step: a run can be resumed at any step."""
     size, model = args.batch_size, task.model
     per_epoch = len(images) // size
     for step in range(first, args.steps):
