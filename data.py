@@ -635,11 +635,12 @@ def run(main):
 
 def main():
     parser = make_parser(__doc__, datasets=True)
-    parser.add_argument("--seed", type=int, default=0, help="seed of the masks")
+    seed = between(0, 2**31 - 1)
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the masks")
     args = parser.parse_args()
     name, images, _ = load_dataset(args.data, args.data_dir, train=False)
     print(f"{name}: {len(images):,} test images {tuple(images.shape[1:])}")
-    torch.manual_seed(args.seed % 2**32)
+    torch.manual_seed(args.seed)
     split = sparse_split(images[:8])
     full_image = split["full_image"]
     rows = [list(to_unit(full_image))]

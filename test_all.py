@@ -256,7 +256,8 @@ def test_steps_refuse_timesteps_out_of_range():
     for step in every_step(s):
         for wrong in (-1, 100):
             raises(IndexError, lambda: step(x, x, x, wrong), 100)
-    raises(IndexError, lambda: s.ddim_step(x, x, 5, -2))
+    for t_next in (-2, 100):
+        raises(IndexError, lambda: s.ddim_step(x, x, 5, t_next))
 
 
 def test_q_sample_and_predict_eps_written_out():
@@ -501,6 +502,8 @@ def test_noise_refuses_nonsense():
         one_of_two = torch.tensor([[0.1], [1.01 * highest]])
         for wrong in (-0.1, math.nan, 1.01 * highest, one_of_two):
             raises(ValueError, lambda: add(x, wrong), f"must be 0 to {highest:g}")
+        two = torch.tensor([[-0.1], [0.5]])
+        raises(ValueError, lambda: add(x, two), "got -0.1 to 0.5")
         raises(ValueError, lambda: add(integers), "int32")
     raises(ValueError, lambda: noise.add_mixed_noise(integers.byte()), "uint8")
     raises(ValueError, lambda: noise.add_mixed_noise(x[0]), "batch")
@@ -3731,7 +3734,7 @@ def test_bad_input_gets_one_line_and_an_exit_code():
                         "--model ae --noise-param 1"),
                 (autoencoder, "--seeds 0 | --epochs 0 | --batch-size 0 | --exercise nope"),
                 (noise, "--nope"),
-                (data, "--seed x")):
+                (data, "--seed x | --seed -1 | --seed 99999999999999999999")):
             for line in lines.split(" | "):
                 code, _, err = run(module, line)
                 assert code == 2 and "error: " in err.splitlines()[-1], (module, line, err)
