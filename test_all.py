@@ -2640,11 +2640,9 @@ def orthogonal_update(p, lr):
     p.data = (p.data * (1 - 0.01 * lr) - lr * update.reshape(shape)).float()
 
 
-def half_batch_loss(model, sched, images, index, masks, pure):
+def half_batch_loss(model, sched, images, index, pure):
     """The loss of half a batch by hand; pure: of pure noise, with 614 outputs, otherwise 204."""
-    order = data.fixed_order(42, index, 1024)
-    if masks == "fresh":
-        order = torch.rand(len(index), 1024)
+    order = torch.rand(len(index), 1024)
     split = data.sparse_split(images[index], output_ratio=0.6 if pure else 0.2, order=order)
     t = torch.randint(999 if pure else 0, 1000, (len(index),))
     x_0, x_t = split["output_values"], None
@@ -2659,36 +2657,35 @@ def test_three_steps_of_the_field_written_out():
     """Batches of 8 of 16 images, so the third step begins a new epoch."""
     images, sched = data.make_leaves(16, 3)[0], schedule.DiffusionSchedule()
     order = torch.cat([torch.randperm(16, generator=seeded(42_000_126 + i)) for i in range(2)])
-    for masks, steps in (("fresh", 3), ("fixed", 1)):
-        with without_reports(), patched(data, load_cifar10=lambda *_: (images, None)):
-            got = trained("nf", f"--steps {steps} --batch-size 8 --masks {masks}")
-        torch.manual_seed(42)
-        model = nf_denoiser.NFDenoiser(sched.alphas_cumprod, **TINY,
-                                       covariance=nf_denoiser.pixel_covariance(images))
-        start = {name: p.clone() for name, p in model.state_dict().items()}
-        muon, rest = {}, {}
-        for name, p in model.named_parameters():
-            small = name.endswith(("latents", "to_values.weight", "unet.first.weight"))
-            (rest if small or p.dim() == 1 else muon)[name] = p
-        adamw = torch.optim.AdamW(rest.values(), 1.0, weight_decay=0.01)
-        for step in range(steps):
-            torch.manual_seed(42_000_126 + step)
-            first, second = order[8 * step:8 * step + 8].chunk(2)
-            loss = half_batch_loss(model, sched, images, first, masks, pure=True) / 2
-            loss = loss + half_batch_loss(model, sched, images, second, masks, pure=False) / 2
-            close(got["losses"][step], loss.detach(), 2e-5)
-            model.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            rate = 0.5 * (1 + math.cos(math.pi * step / steps))
-            adamw.param_groups[0]["lr"] = 0.15 * 0.02 * rate
-            adamw.step()
-            for p in muon.values():
-                orthogonal_update(p, 0.02 * rate)
-        for group in (muon, rest):
-            moved = sum((p - start[name]).abs().sum() for name, p in group.items())
-            apart = sum((p - got["model"][name]).abs().sum() for name, p in group.items())
-            assert apart < 0.03 * moved, (apart, moved)
+    with without_reports(), patched(data, load_cifar10=lambda *_: (images, None)):
+        got = trained("nf", "--steps 3 --batch-size 8")
+    torch.manual_seed(42)
+    model = nf_denoiser.NFDenoiser(sched.alphas_cumprod, **TINY,
+                                   covariance=nf_denoiser.pixel_covariance(images))
+    start = {name: p.clone() for name, p in model.state_dict().items()}
+    muon, rest = {}, {}
+    for name, p in model.named_parameters():
+        small = name.endswith(("latents", "to_values.weight", "unet.first.weight"))
+        (rest if small or p.dim() == 1 else muon)[name] = p
+    adamw = torch.optim.AdamW(rest.values(), 1.0, weight_decay=0.01)
+    for step in range(3):
+        torch.manual_seed(42_000_126 + step)
+        first, second = order[8 * step:8 * step + 8].chunk(2)
+        loss = half_batch_loss(model, sched, images, first, pure=True) / 2
+        loss = loss + half_batch_loss(model, sched, images, second, pure=False) / 2
+        close(got["losses"][step], loss.detach(), 2e-5)
+        model.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        rate = 0.5 * (1 + math.cos(math.pi * step / 3))
+        adamw.param_groups[0]["lr"] = 0.15 * 0.02 * rate
+        adamw.step()
+        for p in muon.values():
+            orthogonal_update(p, 0.02 * rate)
+    for group in (muon, rest):
+        moved = sum((p - start[name]).abs().sum() for name, p in group.items())
+        apart = sum((p - got["model"][name]).abs().sum() for name, p in group.items())
+        assert apart < 0.03 * moved, (apart, moved)
     assert {o["param_groups"][0]["weight_decay"] for o in got["optimizers"]} == {0.01}
     full = types.SimpleNamespace(model="nf", size="full", lr=1e-4)  # AdamW alone
     assert [type(o) for o in train.make_optimizers(model, full)] == [torch.optim.AdamW]
@@ -2780,7 +2777,7 @@ def test_seconds_of_training_pay():
     gained = gain(tiny_field(("gaussian",), side=16, covariance=covariance))
     assert gained > 0.6, gained
     args = types.SimpleNamespace(model="nf", size="small", lr=0.02, batch_size=8, steps=100, seed=0,
-                                 masks="fresh", parts=["unet"], pixels="grid")
+                                 parts=["unet"], pixels="grid")
     task = types.SimpleNamespace(model=model, warmup=0.02, batch_loss=lambda index: (
         train.field_loss(model.train(), sched, images, index, args)))
     before = gain(model)
@@ -2807,7 +2804,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped():
         for model, number, flags in (
                 ("dae", signal.SIGTERM, "--data mnist --batch-size 160 --noise mixed --steps 8"),
                 ("ae", signal.SIGINT, "--data mnist --batch-size 160 --steps 6"),
-                ("nf", signal.SIGINT, "--data cifar10 --batch-size 2 --steps 4 --masks fixed")):
+                ("nf", signal.SIGINT, "--data cifar10 --batch-size 2 --steps 4")):
             line = f"--model {model} {flags} --out"
             handler = signal.getsignal(number)
             works(train, f"{line} whole")
@@ -2820,7 +2817,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped():
             works(train, f"{line} parts --resume")
             equal(checkpoint_of(f"whole/{model}"), checkpoint_of(f"parts/{model}"))
             assert signal.getsignal(number) == handler
-        for flag in ("--lr 0.5", "--masks fresh", "--data leaves"):
+        for flag in ("--lr 0.5", "--parts unet", "--data leaves"):
             with patched(data, BUILT_IN={"leaves": (data.make_leaves, 80, 2)}):
                 refused(train, f"{line} parts --resume {flag}", "was trained on cifar10", "->")
         works(train, f"{line} parts --resume --steps 5")
@@ -3739,7 +3736,7 @@ def test_bad_input_gets_one_line_and_an_exit_code():
                          "--image x.png --evaluate | --image x.png --data mnist"),
                 (train, "--model nope | --steps 0 | --steps -1 | --steps x | --epochs 0 | --lr 0 | "
                         "--lr nan | --steps 5 --epochs 5 | --seed -1 | --parts nose | --parts | "
-                        "--batch-size 0 | --evaluate 0 | --size huge | --noise fog | --masks odd | "
+                        "--batch-size 0 | --evaluate 0 | --size huge | --noise fog | "
                         "--model dae --noise mixed --noise-param 1 | --noise masking | "
                         "--model ae --noise masking | --model dae --parts unet | "
                         "--steps 99999999999 | --model ae --size full | "

@@ -28,8 +28,8 @@ from PIL import Image
 
 from autoencoder import (DenoisingAutoencoder, autoencoder_loss, corrupt, corrupt_test,
                          report_autoencoder)
-from data import (BUILT_IN, between, fixed_order, line_chart, load_dataset, make_parser,
-                  off_grid_split, run, save_pictures, sparse_split)
+from data import (BUILT_IN, between, line_chart, load_dataset, make_parser, off_grid_split, run,
+                  save_pictures, sparse_split)
 from nf_denoiser import PARTS, SIZES, NFDenoiser, nf_loss, pixel_covariance
 from noise import NOISES
 from schedule import DiffusionSchedule
@@ -170,22 +170,16 @@ def autoencoder_task(args, images, test_images):
 
 
 def draw_split(images, index, args, pure_noise):
-    """Input and output pixels of the images `index`, new ones or, with --masks fixed, always the
-    same ones for an image.
+    """New input and output pixels of the images `index`: a split, as of data.sparse_split.
 
     A U-Net computes all pixels anyway, so the one-step mean may be asked for all that are missing;
     attention takes longer the more are asked.
     """
-    make_split, numbers, order = sparse_split, images[0, 0].numel(), None
     output_ratio = 0.2
     if pure_noise and "unet" in args.parts:
         output_ratio = 0.6 if "perceiver" in args.parts else None
-    if args.pixels == "anywhere":
-        make_split = off_grid_split
-        numbers += 2 * int(0.2 * numbers)  # and two coordinates for each input
-    if args.masks == "fixed":
-        order = fixed_order(args.seed, index, numbers)
-    return make_split(images[index], output_ratio=output_ratio, order=order)
+    make_split = off_grid_split if args.pixels == "anywhere" else sparse_split
+    return make_split(images[index], output_ratio=output_ratio)
 
 
 def make_optimizers(model, args):
@@ -333,8 +327,8 @@ RECIPES = {  # --batch-size, --lr (Muon's; AdamW gets 0.15 of it), --steps, --ep
     "full": (64, 1e-4, None, 100),  # AdamW alone, like the autoencoders
     "ae": (512, 6e-3, None, 10),
 }
-ONLY_FOR = dict(size="nf", parts="nf", num_latents="nf", pixels="nf", masks="nf",
-                beta_schedule="nf", noise="dae", noise_param="dae")
+ONLY_FOR = dict(size="nf", parts="nf", num_latents="nf", pixels="nf", beta_schedule="nf",
+                noise="dae", noise_param="dae")
 # the flags that a resumed run may change; noise_param is part of noise, data compared as images
 FREE = {"steps", "epochs", "device", "resume", "evaluate", "out", "data", "data_dir",
         "noise_param"}
@@ -350,7 +344,6 @@ def parse_arguments(argv):
         "paper, instead of one at each input pixel")
     add("--pixels", choices=["grid", "anywhere"], default="grid",
         help="nf only: where the input lies, on the pixel grid or anywhere")
-    add("--masks", choices=["fresh", "fixed"], default="fresh", help="nf only; fixed: per image")
     add("--beta-schedule", choices=["cosine", "linear"], default="cosine", help="nf only")
     add("--noise", choices=[*NOISES, "mixed"], default="gaussian", help="dae only")
     add("--noise-param", type=float, help="dae only (default 0.3, salt_pepper 0.2)")
