@@ -3705,24 +3705,24 @@ def test_bad_input_gets_one_line_and_an_exit_code():
             refused(sample, f"{name}.pt", f"{name}.pt")
         assert not Path("evil").exists()
         for module, lines in (  # exit code 1: one line, "error: ..."
-                (train, """--model dae --data cifar10
-                    --batch-size 990 --data cifar10
-                    --batch-size 3 --data cifar10
-                    --resume --data cifar10
-                    --device warp
-                    --data imagenet
-                    --model dae --noise masking --noise-param 7 --data mnist
-                    --model dae --noise-param nan --data mnist
-                    --parts gaussian --resume --data cifar10"""),
-                (sample, f"""--device warp
-                    --device meta
-                    {sample.SHIPPED} --image photo.png
-                    {sample.SHIPPED} --data mnist"""),
-                (autoencoder, "--exercise types --data cifar10"),
-                (data, "--data nowhere"),
-                (schedule, "--timesteps 0\n--timesteps 10000000000")):
+                (train, """--model dae --data cifar10 --batch-size 8: 784
+                    --batch-size 990 --data cifar10: --batch-size 990
+                    --batch-size 3 --data cifar10: multiple of 2
+                    --resume --data cifar10: out/nf/checkpoint.pt
+                    --device warp: --device warp
+                    --data imagenet: imagenet
+                    --model dae --noise masking --noise-param 7 --data mnist --batch-size 8: got 7
+                    --model dae --noise-param nan --data mnist --batch-size 8: got nan
+                    --parts gaussian --resume --data cifar10: out/nf/checkpoint.pt"""),
+                (sample, f"""--device warp: --device warp
+                    --device meta: --device meta
+                    {sample.SHIPPED} --image photo.png: photo.png
+                    {sample.SHIPPED} --data mnist: (1, 28, 28)"""),
+                (autoencoder, "--exercise types --data cifar10: 784"),
+                (data, "--data nowhere: nowhere"),
+                (schedule, "--timesteps 0: got 0\n--timesteps 10000000000: got 10000000000")):
             for line in lines.split("\n"):
-                refused(module, line)
+                refused(module, *line.split(": "))
         with patched(sample, SHIPPED=Path("none.pt")):
             refused(sample, "", "train.py")
         for module, lines in (  # exit code 2, from argparse
