@@ -536,7 +536,7 @@ KEYS = ("kind", "config", "settings", "schedule", "data", "step")  # beside "mod
 def load_checkpoint(path, device="cpu"):
     """A checkpoint of train.py, loaded without running code in it: (model, the whole dict).
 
-    Raises ValueError for a file that cannot be read, is no such checkpoint, or damaged.
+    Raises ValueError for a file that is damaged or no such checkpoint, FileNotFoundError for none.
     """
     try:
         damaged = zipfile.ZipFile(path).testzip()  # torch.load does not look at checksums
@@ -553,6 +553,8 @@ def load_checkpoint(path, device="cpu"):
         else:
             raise ValueError("it holds another kind of model")
         model.load_state_dict(weights)
+    except FileNotFoundError:
+        raise  # its message names the file
     except Exception as problem:  # a foreign or damaged file can fail in any way
         reason = f"{type(problem).__name__}: {str(problem).strip()}".split("\n")[0][:150]
         raise ValueError(f"{path} is not a checkpoint of this version of train.py "

@@ -3708,7 +3708,7 @@ def test_bad_input_gets_one_line_and_an_exit_code():
                 (train, """--model dae --data cifar10 --batch-size 8: 784
                     --batch-size 990 --data cifar10: --batch-size 990
                     --batch-size 3 --data cifar10: multiple of 2
-                    --resume --data cifar10: out/nf/checkpoint.pt
+                    --resume --data cifar10: No such file or directory: 'out/nf/checkpoint.pt'
                     --device warp: --device warp
                     --data imagenet: imagenet
                     --model dae --noise masking --noise-param 7 --data mnist --batch-size 8: got 7
@@ -3722,7 +3722,7 @@ def test_bad_input_gets_one_line_and_an_exit_code():
                 (data, "--data nowhere: nowhere"),
                 (schedule, "--timesteps 0: got 0\n--timesteps 10000000000: got 10000000000")):
             for line in lines.split("\n"):
-                refused(module, *line.split(": "))
+                refused(module, *line.split(": ", 1))
         with patched(sample, SHIPPED=Path("none.pt")):
             refused(sample, "", "train.py")
         for module, lines in (  # exit code 2, from argparse
