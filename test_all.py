@@ -2691,6 +2691,16 @@ def test_three_steps_of_the_field_written_out():
     assert [type(o) for o in train.make_optimizers(model, full)] == [torch.optim.AdamW]
 
 
+def test_the_printed_loss_is_the_mean_of_the_last_hundred_steps():
+    with without_reports():
+        out = works(train, "--model dae --data mnist --batch-size 64 --steps 120")
+        losses = checkpoint_of("out/dae")["losses"]
+    printed = re.findall(r"step (\d+) of 120 .* loss ([\d.]+)", out)
+    assert len(printed) == 24  # after each epoch of 5 steps
+    for step, loss in printed:
+        close(float(loss), losses[max(0, int(step) - 100):int(step)].mean(), 6e-6)
+
+
 def test_what_each_flag_changes():
     def bias(model, flags):
         return trained(model, f"--steps 2 --batch-size 64 {flags}")["model"]["decoder.0.bias"]
@@ -2700,7 +2710,10 @@ def test_what_each_flag_changes():
         for flag in ("--noise salt_pepper", "--noise-param 0.6", "--seed 7", "--lr 0.001",
                      "--batch-size 32"):
             assert not torch.equal(dae, bias("dae", flag)), flag
-        assert torch.equal(dae, bias("dae", "--noise gaussian --noise-param 0.3"))
+        for name, strength in (("gaussian", 0.3), ("salt_pepper", 0.2), ("masking", 0.3)):
+            by_default = bias("dae", f"--noise {name}")
+            assert torch.equal(by_default, bias("dae", f"--noise {name} --noise-param {strength}"))
+        assert torch.equal(dae, bias("dae", "--noise gaussian"))
         assert torch.equal(bias("ae", ""), bias("dae", "--noise-param 0"))
         for name, parts in (("cosine", "unet perceiver"), ("linear", "gaussian")):
             got = trained("nf", f"--steps 1 --batch-size 2 --beta-schedule {name} --parts {parts}")
