@@ -3494,17 +3494,17 @@ def test_a_field_without_the_gaussian_part_restores_and_the_resolution_is_kept()
             close(picture.info["dpi"], (300, 300), 0.1)
 
 
-def test_every_other_window_is_mirrored():
+def test_in_every_other_window_x_and_y_change_places():
     model = tiny_field()
     sched = schedule.DiffusionSchedule()
     _, out, _, coords, values = random_problem()
     got = sample.mean_of_windows(model, sched, out, coords, values)
-    x_mirrored = torch.tensor([[[0, 0]], [[1, 0]]])  # in the second of two
-    for i in range(2):
-        where = (x_mirrored[i] - x[i:i + 1] for x in (out, coords))
-        where = [x.abs() for x in where]
-        alone = model(None, where[0], torch.tensor([999]), where[1], values[i:i + 1])
-        close(got[i:i + 1], alone, 1e-5)
+    first = model(None, out[:1], torch.tensor([999]), coords[:1], values[:1])
+    close(got[:1], first, 1e-5)
+    (x, y), (x_in, y_in) = out[1].T, coords[1].T
+    swapped = torch.stack([y, x], -1)[None], torch.stack([y_in, x_in], -1)[None]
+    second = model(None, swapped[0], torch.tensor([999]), swapped[1], values[1:])
+    close(got[1:], second, 1e-5)
     assert not got.requires_grad
 
 
