@@ -697,7 +697,8 @@ def test_cifar10_is_downloaded_from_the_first_right_address_and_unpacked_into_it
     with cifar10_archive("source") as source:
         with patched(data, CIFAR10_URLS=[MISSING, OTHER, source.as_uri(), OTHER]):
             images, said = quiet(load_cifar10, "a/b")
-        assert len(images) == 2 and said.count("downloading") == 3
+        lines = [f"downloading {url}" for url in (MISSING, OTHER, source.as_uri())]
+        assert len(images) == 2 and said.splitlines()[:3] == lines
         places = {str(path.parent) for path in files_in(Path("."))}
         assert places == {".", "a/b", "a/b/cifar-10-batches-bin"}
         assert "downloading" not in quiet(load_cifar10, "a/b")[1]
@@ -1351,6 +1352,12 @@ def test_an_older_python_is_told_what_it_needs():
             indices = getattr(getattr(node, "slice", None), "elts", [])
             assert not any(isinstance(index, ast.Starred) for index in indices), path
             assert not isinstance(node, ast.TryStar), path
+
+
+def test_the_addresses_of_data_sets_are_on_https_and_those_of_mnist_are_folders():
+    addresses = data.MNIST_URLS + data.CIFAR10_URLS
+    assert len(addresses) == 3 and all(url.rfind("https://") == 0 for url in addresses)
+    assert all(url.endswith("/") for url in data.MNIST_URLS)
 
 
 def test_the_checksum_of_cifar10_is_that_of_its_binary_version():
@@ -2251,6 +2258,8 @@ def test_the_autoencoder_is_six_matrix_products():
         loss = autoencoder.autoencoder_loss(model, x.sqrt(), x)  # against the clean images
         close(loss, (reconstructed - x.sqrt()).square().mean(), 1e-6)
     raises(ValueError, lambda: model(torch.rand(2, 3, 32, 32)), 784)
+    small = autoencoder.DenoisingAutoencoder(input_dim=100, latent_dim=7)
+    assert [x.shape for x in small(torch.rand(5, 10, 10))] == [(5, 10, 10), (5, 7)]
     count = sum(p.numel() for p in model.parameters())
     assert f"{count:,} parameters" in works(autoencoder, "")
 
@@ -3052,7 +3061,7 @@ def test_a_full_disk_or_a_loss_that_is_not_finite_spares_the_checkpoint():
         with patched(noise, NOISES=nan):
             refused(train, f"{line} 4 --resume", "finite")
         assert path.read_bytes() == before and not list(path.parent.glob("*.part"))
-        refused(train, f"{line} 1 --lr 1e39 --out wild", "finite")  # only the weights
+        refused(train, f"{line} 1 --lr 1e39 --out wild", "finite", "lower --lr")  # only weights
         assert not list(Path("wild").rglob("*.pt"))
         works(train, f"{line} 4 --resume")
 
@@ -3688,7 +3697,7 @@ def test_a_folder_of_pictures_trains_both_models_on_every_device():
         for device, (model, size) in itertools.product(devices, (("nf", 4), ("dae", 8))):
             out = works(train, f"--model {model} --data photos --steps 1 --batch-size {size} "
                                f"--evaluate 1 --device {device}")
-            assert "photos" in out and f"| {device}" in out
+            assert "photos" in out and f"| {device}, processes: 1, threads: " in out
             line = f"out/{model}/checkpoint.pt --evaluate 1 --device {device}"
             line += " --steps 2" if model == "nf" else ""
             assert "notice" not in works(sample, line)
@@ -3739,7 +3748,7 @@ def test_bad_input_gets_one_line_and_an_exit_code():
             for line in lines.split("\n"):
                 refused(module, *line.split(": ", 1))
         with patched(sample, SHIPPED=Path("none.pt")):
-            refused(sample, "", "train.py")
+            refused(sample, "", "no checkpoint below out:", "train.py")
         for module, lines in (  # exit code 2, from argparse
                 (sample, "--eta 2 | --eta -1 | --eta nan | --scale 0 | --scale 17 | --seed -1 | "
                          "--evaluate 0 | --samples 1 | --sampler ddpm --eta 1 | --steps 1001 | "
@@ -3753,6 +3762,7 @@ def test_bad_input_gets_one_line_and_an_exit_code():
                         "--lr nan | --steps 5 --epochs 5 | --seed -1 | --parts nose | --parts | "
                         "--batch-size 0 | --evaluate 0 | --size huge | --noise fog | "
                         "--model dae --noise mixed --noise-param 1 | --noise masking | "
+                        "--model dae --noise mixed --noise-param 0 | "
                         "--model ae --noise masking | --model dae --parts unet | "
                         "--steps 99999999999 | --model ae --size full | "
                         "--model ae --noise-param 1"),
