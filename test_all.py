@@ -1687,9 +1687,19 @@ def test_pixel_covariance_written_out():
     x = images.double() / 127.5 - 1
     with_mirrored = torch.cat([x, x.flip(3)])
     vectors = with_mirrored.view(-1, 64)
-    C = vectors.T @ vectors + 2 * torch.eye(64)  # and of white noise, and its mirror image
+    # and as if 300 others and their mirror images had been seen
+    C = vectors.T @ vectors + 600 * nf_denoiser.exponential_covariance(8).double()
     expected = C / C.diag().mean()
     close(nf_denoiser.pixel_covariance(images), expected, 1e-5)
+
+
+def test_from_few_pictures_the_covariance_is_about_as_good_as_the_textbooks():
+    images = data.make_leaves(70, 5)[0]
+    sched = schedule.DiffusionSchedule()
+    covariance = nf_denoiser.pixel_covariance(images[:20])
+    model = tiny_field(("gaussian",), side=32, covariance=covariance)
+    table = sample.evaluate_field(model, sched, images[20:])
+    assert table["one-step mean"]["psnr"] > table["kriging"]["psnr"] - 0.1, table
 
 
 def test_a_covariance_that_is_none_is_refused():
