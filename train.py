@@ -1,6 +1,6 @@
 """Train the neural field (nf), the denoising autoencoder (dae), or its control without noise (ae).
 
-    python train.py --model nf                    # 11 to 17 minutes, 2 cores; a GPU: 20,000 steps
+    python train.py --model nf                    # 12 to 17 minutes, 2 cores; a GPU: 20,000 steps
     python train.py --model nf --parts perceiver  # attention alone, or another choice of parts
     python train.py --model nf --pixels anywhere  # the input lies anywhere, not on the pixel grid
     python train.py --model dae --noise salt_pepper --noise-param 0.4
