@@ -46,7 +46,7 @@ class DenoisingAutoencoder(nn.Module):
             if isinstance(layer, nn.Linear):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                 nn.init.zeros_(layer.bias)
-        # the last layer: smaller (Glorot & Bengio, 2010, eq. 12), so its output starts at its bias
+        # the last layer: smaller (Glorot & Bengio, 2010, eq. 12), to start close to its bias
         nn.init.xavier_normal_(self.decoder[-2].weight)
 
     @torch.no_grad()
@@ -340,7 +340,7 @@ def lab(args):
 
 def main():
     from data import between, make_parser
-    parser = make_parser(__doc__, datasets=True)
+    parser = make_parser(__doc__, default_data="auto")
     add, count = parser.add_argument, between(1, 10**7)
     add("--exercise", choices=[*TRAINED_ON, "all"])
     add("--seeds", type=count, default=3, help="seeds for each model, default %(default)s")

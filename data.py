@@ -575,14 +575,16 @@ def axis(lists, start, end):
     return [np.interp(xs, numbers, places) for xs in lists], dict(zip(places, labels))
 
 
-def make_parser(doc, datasets=False):
-    """A command line with --out, and with --data and --data-dir if it takes data sets."""
+def make_parser(doc, default_data=None):
+    """An argparse parser with --out. default_data: if given, also with --data and --data-dir, and
+    this is what the help says about the default of --data."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--out", type=Path, default=Path("out"), help="folder for everything that is written")
-    if datasets:
-        add("--data", default="auto", help="auto, cifar10, mnist, leaves, glyphs or a folder")
+    if default_data:
+        add("--data", default="auto",
+            help=f"auto, cifar10, mnist, leaves, glyphs or a folder; default: {default_data}")
         add("--data-dir", type=Path, default=Path("data"), help="folder of the data sets")
     return parser
 
@@ -634,7 +636,7 @@ def run(main):
 
 
 def main():
-    parser = make_parser(__doc__, datasets=True)
+    parser = make_parser(__doc__, default_data="auto")
     seed = between(0, 2**31 - 1)
     parser.add_argument("--seed", type=seed, default=0, help="seed of the masks")
     args = parser.parse_args()

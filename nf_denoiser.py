@@ -512,7 +512,7 @@ def pixel_covariance(images):
 
     Values in [-1, 1], averaged with the mirror images, scaled to a mean variance of 1. It starts as
     if 300 images with exponential_covariance had been seen: from few or equal ones alone it would
-    be worse than that, or could not be inverted. 50,000 make this start vanish.
+    be worse than that, or could not be inverted. With 50,000 images it makes no difference.
     Returns float32 (side * side, side * side) on the images' device.
     """
     side = images.shape[-1]

@@ -218,7 +218,7 @@ def mean_of_windows(model, schedule, output_coords, input_coords, input_values):
     """Like one_step_mean, but each window is seen once: half the time.
 
     In every other window x and y change places. A pixel lies in up to four windows, so its answers
-    are still averaged over two ways; mirrored windows are 0.1 dB worse.
+    are still averaged over two ways. Mirrored windows are 0.1 dB worse (assets/runs.csv).
     """
     numbers = torch.arange(len(input_values), device=input_values.device)
     t = torch.full_like(numbers, schedule.timesteps - 1)
@@ -536,7 +536,7 @@ KEYS = ("kind", "config", "settings", "schedule", "data", "step")  # beside "mod
 def load_checkpoint(path, device="cpu"):
     """A checkpoint of train.py, loaded without running code in it: (model, the whole dict).
 
-    Raises ValueError for a file that is damaged or no such checkpoint, FileNotFoundError for none.
+    Raises FileNotFoundError, and ValueError for a file that is damaged or no such checkpoint.
     """
     try:
         damaged = zipfile.ZipFile(path).testzip()  # torch.load does not look at checksums
@@ -616,8 +616,8 @@ def write_json(path, checkpoint, data, methods, **more):
 
 # ------------------------------------------------------------------------------------------ main
 def parse_arguments(argv):
-    parser = make_parser(__doc__, datasets=True)
-    parser.set_defaults(data=None)  # what the model was trained on
+    parser = make_parser(__doc__, default_data="what the model was trained on")
+    parser.set_defaults(data=None)
     add = parser.add_argument
     add("checkpoint", nargs="?", type=Path, help="default: newest below --out; --image: shipped")
     add("--sampler", choices=["ddim", "ddpm"], help="default ddim")

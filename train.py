@@ -170,7 +170,7 @@ def autoencoder_task(args, images, test_images):
 
 
 def draw_split(images, index, args, pure_noise):
-    """New input and output pixels of the images `index`: a split, as of data.sparse_split.
+    """New input and output pixels of the images `index`, as data.sparse_split returns them.
 
     A U-Net computes all pixels anyway, so the one-step mean may be asked for all that are missing;
     attention takes longer the more are asked.
@@ -335,7 +335,7 @@ FREE = {"steps", "epochs", "device", "resume", "evaluate", "out", "data", "data_
 
 
 def parse_arguments(argv):
-    parser = make_parser(__doc__, datasets=True)
+    parser = make_parser(__doc__, default_data="auto")
     add, count = parser.add_argument, between(1, 10**7)
     add("--model", choices=["nf", "dae", "ae"], default="nf")
     add("--size", choices=SIZES, default="small", help="nf only; default %(default)s")
