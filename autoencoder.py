@@ -21,7 +21,7 @@ from torch import nn
 
 
 class DenoisingAutoencoder(nn.Module):
-    """input_dim-256-128-latent_dim-128-256-input_dim: Vincent et al. (2008), section 2.
+    """input_dim-256-128-latent_dim-128-256-input_dim. In Vincent et al. (2008) one hidden layer.
 
     Each image has to pass through latent_dim numbers, far fewer than it has pixels. That is enough
     for clean images, whose pixels depend on each other, but not for independent noise.
@@ -46,7 +46,7 @@ class DenoisingAutoencoder(nn.Module):
             if isinstance(layer, nn.Linear):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                 nn.init.zeros_(layer.bias)
-        # the last layer: smaller (Glorot & Bengio, 2010, eq. 12), to start close to its bias
+        # the last layer: smaller (Glorot & Bengio, 2010, eq. 12), to start closer to its bias
         nn.init.xavier_normal_(self.decoder[-2].weight)
 
     @torch.no_grad()
@@ -75,9 +75,9 @@ class DenoisingAutoencoder(nn.Module):
 def autoencoder_loss(model, clean, noisy):
     """Mean squared error of the reconstructed images against the clean ones, (B, ...) in [0, 1].
 
-    Vincent et al. (2008), section 2, with squared error for cross-entropy. Against noisy images the
-    network would learn to copy its input. Against clean ones it has to tell drawing from noise: its
-    best answer is the mean of all clean images that could lie behind the noisy one.
+    Vincent et al. (2008), section 2; there cross-entropy. Against the noisy image itself a network
+    learns to copy its input. Against the clean one it has to remove the noise: its best answer is
+    the mean of the clean images that fit the noisy one, each weighted by its probability.
     """
     reconstructed, _ = model(noisy)
     return F.mse_loss(reconstructed, clean)
@@ -95,7 +95,7 @@ def train_autoencoder(model, images, corrupt, epochs=10, batch_size=512, lr=6e-3
     batches = max(1, len(images) // batch_size)  # in an epoch; an incomplete last one is left out
     steps, step = epochs * batches, 0
     for epoch in range(epochs):
-        torch.manual_seed(seed * 1_000_003 + epoch)  # as in train.py, which also clips gradients
+        torch.manual_seed(seed * 1_000_003 + epoch)  # the random numbers of train.py
         order = torch.randperm(len(images)).to(images.device)
         for index in order.split(batch_size)[:batches]:
             torch.manual_seed(seed * 1_000_003 + step)
@@ -104,8 +104,8 @@ def train_autoencoder(model, images, corrupt, epochs=10, batch_size=512, lr=6e-3
             loss = autoencoder_loss(model, clean, noisy)
             optimizer.zero_grad()
             loss.backward()
-            # Small steps during the first tenth, until Adam's averages are reliable; then smaller
-            # and smaller, to settle in spite of random batches: Loshchilov & Hutter (2017), eq. 5.
+            # The rate rises during the first tenth, until Adam's averages are reliable, then falls
+            # to 0, so that random batches move the weights less: Loshchilov & Hutter (2017), eq. 5.
             rate = min(1.0, (step + 1) / (0.1 * steps))
             rate *= 0.5 * (1 + math.cos(math.pi * step / steps))
             optimizer.param_groups[0]["lr"] = lr * rate

@@ -56,7 +56,7 @@ def load_mnist(root, train):
 
 
 def to_signed(images):
-    """The networks' range, centred on 0: uint8 in 0..255 or float in [0, 1], to [-1, 1]."""
+    """The neural field's range, centred on 0: uint8 in 0..255 or float in [0, 1], to [-1, 1]."""
     if images.dtype == torch.uint8:
         return images.float() / 127.5 - 1
     return images * 2 - 1
@@ -71,11 +71,11 @@ def sparse_split(images, input_ratio=0.2, output_ratio=0.2, generator=None, orde
     """Choose input and output pixels of each image at random, no pixel twice.
 
     images: (B, C, H, W), uint8 (mapped to [-1, 1]) or float (taken as they are). A ratio takes
-    int(H * W * ratio) pixels; output_ratio None takes all that are not input. order: random
-    numbers (B, H * W), always the same for a fixed mask; None draws them with `generator`.
+    int(H * W * ratio) pixels; output_ratio None takes all that are not input. order: numbers
+    (B, H * W) to sort by, so equal ones choose equal pixels; None draws them with `generator`.
     Returns a dict: full_image (B, C, H, W), input_coords (B, N_in, 2), input_values (B, N_in, C),
     input_indices (B, N_in), the same for the output. A coordinate is (x, y) = (column, row) /
-    (side - 1), an index row * W + column. Raises ValueError for ratios of no or too many pixels."""
+    (side - 1), an index row * W + column. Raises ValueError for no or too many pixels."""
     batch, _, height, width = images.shape
     n_in, n_out = count_split(height * width, input_ratio, output_ratio)
     if order is None:

@@ -43,7 +43,7 @@ class Attention(nn.Module):
         y_i        = sum_j weights_ij v_j
 
     The first term says how alike query and key are; R_i (`rotate`) turns pairs of numbers by angles
-    that grow with the coordinates p_i, so that p_i - p_j counts, too. The second makes the weights
+    that grow with p_i, so that the product depends on p_i - p_j, too. The second makes the weights
     fall with distance like a Gaussian of standard deviation `reach`, one for each head: alone it
     would be kernel regression (Nadaraya, 1964), a mean in which near values count more. The third
     multiplies the weight of j by w_j, since exp(a + log w) = w exp(a): noisy pixels count less.
@@ -74,9 +74,9 @@ class Attention(nn.Module):
         d = q.shape[-1]
         q = q / math.sqrt(d)
         if self.log_reach is not None:
-            # -|p - p'|^2 / 2 = p . p' - |p'|^2 / 2 - |p|^2 / 2. The last term is the same for each
-            # j, so the softmax cancels it. The others are a dot product of (p, 1) and (p', -|p'|^2
-            # / 2), divided by reach^2: three more columns of q and k, no matrix of distances.
+            # -|p_i - p_j|^2 / 2 = p_i . p_j - |p_j|^2 / 2 - |p_i|^2 / 2. The last term is the same
+            # for each j: the softmax cancels it. The rest is a dot product, (p_i, 1) . (p_j,
+            # -|p_j|^2 / 2), over reach^2: three more columns of q and k, no matrix of distances.
             p = x_coords[:, None] - 0.5        # from the centre: smaller numbers, smaller errors
             p_context = (context_coords[:, None] - 0.5).expand(*k.shape[:3], 2)
             squared = p_context.square().sum(dim=-1, keepdim=True)         # (B, heads, M, 1)
@@ -86,7 +86,7 @@ class Attention(nn.Module):
             k = torch.cat([rotate(k, context_coords), p_context, -inverse / 2 * squared], dim=-1)
             v = F.pad(v, (0, 3))  # the fast kernels need one width for q, k and v
         if log_w is not None:
-            log_w = log_w[:, None, None].to(q)                             # (B, 1, 1, M)
+            log_w = log_w[:, None, None].to(q)         # (B, 1, 1, M), added to the logits
         with torch.autocast(x.device.type, enabled=False):  # bf16 would round the distances
             y = F.scaled_dot_product_attention(q, k.to(q), v.to(q), attn_mask=log_w, scale=1.0)
         return self.to_out(y[..., :d].transpose(1, 2).flatten(2))          # (B, N, dim)
@@ -100,9 +100,9 @@ class PerceiverIO(nn.Module):
     each added to its input. Few latents cost less than if all vectors read each other.
 
     num_latents=None places a latent at each input: it starts as that input and attends by distance,
-    so it can interpolate from the first step. A number takes so many learned vectors without a
-    place, as in the paper: they must learn what "near" means from the Fourier features.
-    Raises ValueError as Attention does.
+    so near values count more from the start. A number: so many learned vectors without a place, as
+    in the paper; from sines and cosines of the coordinates (FourierFeatures) they must learn what
+    "near" means. Raises ValueError as Attention does.
     """
 
     def __init__(self, input_dim, query_dim, output_dim, num_latents=512, latent_dim=512,
@@ -125,8 +125,8 @@ class PerceiverIO(nn.Module):
     def forward(self, inputs, input_coords, queries, query_coords, log_w=None):
         """inputs (B, N, input_dim), queries (B, M, query_dim) -> (B, M, output_dim).
 
-        Coordinates (B, N, 2) and (B, M, 2) in [0, 1]. log_w (B, 1): if given, queries hold noisy
-        pixels, so the latents read them, too, with their attention weights multiplied by w.
+        Coordinates (B, N, 2) and (B, M, 2) in [0, 1]. log_w (B, 1): if given, queries describe
+        noisy pixels: the latents read them, too, with their attention weights multiplied by w.
         """
         inputs, queries = self.embed_inputs(inputs), self.embed_queries(queries)
         context, context_coords = inputs, input_coords
@@ -149,9 +149,9 @@ class PerceiverIO(nn.Module):
 class GaussianField(nn.Module):
     """Posterior mean of an image, given clean and noisy pixels, if it were a Gaussian random field.
 
-    Such a field knows only how alike any two pixels are: their covariance K. A seen pixel, y above
-    the mean with noise variance D, says K(other, seen) / (K(seen, seen) + D) y about another: less
-    if it is noisier or less alike. With several, it solves a linear system, known as kriging:
+    The pixels of such a field are jointly normal with covariance K. If one is seen, y above the
+    mean and with noise of variance D, another is expected to be K(other, seen) / (K(seen, seen) +
+    D) times y above it. If several are seen, that becomes a linear system, known as kriging:
 
         posterior_mean = K(all, seen) (K(seen, seen) + D)^-1 y      Rasmussen & Williams, eq. 2.23
 
@@ -188,7 +188,7 @@ class GaussianField(nn.Module):
         noise = torch.full_like(y_in, self.jitter)
         weights = solve(K[:, :n_in, :n_in], noise[..., :1], y_in)  # one D for all channels
         quadratic = (y_in * weights).sum(dim=1, keepdim=True)
-        variance = likely_variance(quadratic, n_in)  # (B, 1, C): about y^T (K + D)^-1 y / N_in
+        variance = likely_variance(quadratic, n_in)  # (B, 1, C), about y^T (K + D)^-1 y / N_in
         if y_t is not None:  # the same system with all N = N_in + N_out pixels
             noise_t = (noise_variance / variance).expand_as(y_t)
             weights = solve(K, torch.cat([noise, noise_t], dim=1), y)
@@ -203,7 +203,7 @@ class NFDenoiser(nn.Module):
     alphas_cumprod: (T,), from the DiffusionSchedule that x_t is made with. channels: of an image.
     parts: which of PARTS. widths: of the U-Net. side: height and width of the training images.
     covariance: pixel_covariance of the training images; None is exponential_covariance(side).
-    perceiver: the sizes of PerceiverIO. Raises ValueError for unknown parts and odd sizes.
+    perceiver: the sizes of PerceiverIO. ValueError for unknown parts and sizes that do not fit.
     """
 
     def __init__(self, alphas_cumprod, channels=3, parts=PARTS, widths=(96, 192, 384), side=32,
@@ -212,12 +212,12 @@ class NFDenoiser(nn.Module):
         check_parts(parts, widths, side)
         self.register_buffer("alphas_cumprod", alphas_cumprod.detach().float().cpu())
         self.side, self.unet, self.perceiver = side, None, None
-        self.posterior = IndependentPixels(side)
+        self.posterior = IndependentPixels(side)  # no pixel says anything about another
         if "gaussian" in parts:
             K = exponential_covariance(side) if covariance is None else covariance
             self.posterior = GaussianField(K.detach().float().cpu())
         if "unet" in parts:
-            self.unet = UNet(channels + 3, widths)
+            self.unet = UNet(channels + 3, widths)  # 3 planes say what is known: unet_planes
             self.unet_to_values = nn.Linear(widths[0], channels)
             nn.init.normal_(self.unet_to_values.weight, std=0.01)  # start near the posterior mean
         if "perceiver" in parts:
@@ -251,7 +251,7 @@ class NFDenoiser(nn.Module):
             x_in = input_values @ self.colours
             mean = x_in.mean(dim=1, keepdim=True)                          # (B, 1, C)
             y_in, y_t = x_in - mean, None
-            # DDPM, eq. 4: x_t / sqrt(alpha_bar) = x_0 + noise of this variance
+            # DDPM, eq. 4: x_t / sqrt(alpha_bar) = x_0 + noise of this variance in every colour
             noise_variance = (1 - alpha_bar) / alpha_bar
             if x_t is not None:
                 y_t = (x_t.to(x_in) @ self.colours) / alpha_bar.sqrt() - mean
@@ -289,11 +289,11 @@ class NFDenoiser(nn.Module):
 def nf_loss(model, schedule, split, pure_noise, rows=slice(None)):
     """DDPM, algorithm 1, for x_0 instead of eps: mean (x_0_hat - x_0)^2 for one draw of t and eps.
 
-    split: of data.sparse_split. pure_noise: t = T - 1, where x_t says nothing; this trains the
+    split: from data.sparse_split. pure_noise: t = T - 1, where x_t says nothing; this trains the
     one-step mean. Otherwise t is uniform in 0..T-1, as sampling needs it, but only 1 of 1,000 such
     draws is at T - 1: so train.py trains with both, each with half of the batch.
-    rows: the images to use. t and eps are drawn for all of them, so that processes that share a
-    batch see the same numbers as one process alone.
+    rows: the images to use. t and eps are drawn for the whole split, so that processes that share
+    it (torchrun) draw the same numbers as one process alone.
     """
     x_0, T = split["output_values"], schedule.timesteps
     first = T - 1 if pure_noise else 0  # randint leaves T out, so from T - 1 on there is only T - 1
@@ -308,7 +308,7 @@ def nf_loss(model, schedule, split, pure_noise, rows=slice(None)):
 
 @torch.no_grad()
 def one_step_mean(model, schedule, output_coords, input_coords, input_values):
-    """The estimate of E[x_0 | x_in]: the prediction at t = T - 1 from pure noise, (B, N_out, C).
+    """The estimate of E[x_0 | x_in]: the prediction at t = T - 1, without x_t: (B, N_out, C).
 
     output_coords (B, N_out, 2), input_coords (B, N_in, 2), input_values (B, N_in, C) in [-1, 1].
     It is the mean of two, for the pixels as they are and for their mirror image: + 0.04 dB.

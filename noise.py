@@ -14,11 +14,11 @@ import torch.nn.functional as F
 
 
 def add_gaussian_noise(images, noise_factor=0.3, generator=None):
-    """Add white noise: clamp(images + noise_factor * eps, 0, 1), eps ~ N(0, 1) for each value.
+    """Add noise: clamp(images + noise_factor * eps, 0, 1), eps ~ N(0, 1) for each value.
 
-    Every value is a little wrong and none is lost, so averaging over neighbours already helps.
+    Every value is a little wrong. Errors of neighbours are independent, so averaging reduces them.
     images: float, any shape, in [0, 1]; returns a new tensor. noise_factor: the standard deviation,
-    0 to 1,000,000: a number, or a tensor that broadcasts to images. Raises ValueError for others.
+    0 to 1,000,000, a number or a tensor that broadcasts to images. ValueError for other strengths.
     """
     check_noise(images, noise_factor, 1e6)
     eps = torch.randn(images.shape, generator=generator, device=images.device, dtype=images.dtype)
@@ -28,8 +28,8 @@ def add_gaussian_noise(images, noise_factor=0.3, generator=None):
 def add_salt_pepper_noise(images, noise_prob=0.2, generator=None):
     """Set a pixel to 0 or to 1, each with probability noise_prob / 2 (in 0 to 1).
 
-    Most pixels are untouched, and those that are hit keep nothing: they must be found first. In
-    (B, C, H, W) all channels of a pixel change together; in another shape each value is a pixel.
+    Most pixels are untouched, those that are hit keep nothing, and a network has to find out which
+    they are. In (B, C, H, W) all channels of a pixel change together; else each value is a pixel.
     Otherwise like add_gaussian_noise.
     """
     check_noise(images, noise_prob, 1)

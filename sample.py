@@ -7,7 +7,7 @@
     python sample.py out/nf/checkpoint.pt --evaluate  # 1,000 test images: MSE, MAE, PSNR, SSIM
     python sample.py --sampler ddim --steps 20 --eta 1        # --sampler ddpm takes all timesteps
     python sample.py --full --scale 4                 # all missing pixels in a sample; a fine grid
-    python sample.py --evaluate 20 --samples 32       # are the samples calibrated?
+    python sample.py --evaluate 20 --samples 32       # does their spread fit the error?
 
 Everything that restores an image is a function of the same three tensors: output_coords
 (B, N_out, 2), input_coords (B, N_in, 2) and input_values (B, N_in, C) in [-1, 1]. It returns values
@@ -51,7 +51,7 @@ def nearest(output_coords, input_coords, input_values):
 def kriging(output_coords, input_coords, input_values, covariance):
     """The mean of a Gaussian random field, given the inputs: GaussianField of nf_denoiser.py.
 
-    Two inputs side by side tell almost the same, so they share one weight. covariance: (P, P).
+    Two inputs side by side are almost equal: together they weigh like one. covariance: (P, P).
     """
     mean = input_values.mean(dim=1, keepdim=True)                          # (B, 1, C)
     field = GaussianField(covariance.to(input_values))
@@ -67,8 +67,8 @@ def reconstruct(model, schedule, split, draw=None, n_drawn=0):
     The one-step mean estimates E[x_0 | x_in], the mean of all images that fit the input. Nothing
     has a lower squared error, but it is blurred where several images fit. A sample is one of those
     images: sharp, with about twice the squared error, since it differs from the mean as much as the
-    truth does. draw, such as ddim_sample without model and schedule, denoises the first n_drawn
-    outputs (those measured) jointly; the others are the mean, given the input and these.
+    truth does. draw: ddim_sample with model and schedule filled in. It denoises the first n_drawn
+    outputs (those to be scored) jointly; the others are the mean, given the input and these.
     """
     coords = split["output_coords"]
     known = split["input_coords"], split["input_values"]
@@ -101,9 +101,9 @@ def restore(image, input_mask, answer, side=32, on_step=None, wanted=True):
     answer: such as nearest. wanted: bool (H, W), the pixels needed. on_step: see restore_windows.
     Returns (C, H, W), the given pixels unchanged.
 
-    At half the size holes are half as wide, and windows of the same number of pixels see twice as
-    far. So the depth of a hole is restored there (and its own depth at a quarter of the size, and
-    so on), and only the rim at full size, which has the detail.
+    Overlapping windows are restored and averaged (restore_windows); also at half the size, where
+    holes are half as wide and a window reaches twice as far; that again at a quarter, and so on.
+    Far from given pixels the smaller size is taken, near them the full size, which has the detail.
     """
     if not input_mask.any():
         raise ValueError("no pixel of the picture is given: there is nothing to restore it from")
@@ -115,7 +115,7 @@ def restore(image, input_mask, answer, side=32, on_step=None, wanted=True):
     half = torch.nn.AvgPool2d(2, ceil_mode=True)
     given = half(mask)
     small = half(image * mask) / given.clamp(min=0.1)  # the mean of the given ones of four pixels
-    used = F.max_pool2d(depth, 4, stride=2, padding=1, ceil_mode=True)[0] > 0  # by the last line
+    used = F.max_pool2d(depth, 4, stride=2, padding=1, ceil_mode=True)[0] > 0  # where lerp reads it
     small = restore(small, given[0] > 0, answer, side, on_step, used)
     small = F.interpolate(small[None], scale_factor=2, mode="bilinear")[0]
     return torch.lerp(restored, small[:, :image.shape[1], :image.shape[2]], depth)

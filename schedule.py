@@ -19,8 +19,8 @@ import torch.nn.functional as F
 def cosine_beta_schedule(timesteps, s=0.008):
     """Betas for which alpha_bar follows a squared cosine. Improved DDPM, eq. 17.
 
-    Linear betas spend their last fifth on almost pure noise; the cosine spreads the loss of signal
-    over all steps. The offset s avoids tiny betas at first, the clamp a beta of 1 at the end.
+    The last fifth of the linear steps is almost pure noise; the cosine spreads the loss of signal
+    over all steps. The offset s and the clamp (in the paper 0 to 0.999) avoid betas near 0 and 1.
     timesteps: T, 1 to 10,000. Returns float64 (T,). Raises ValueError for another T.
     """
     check_timesteps(timesteps)
@@ -54,7 +54,7 @@ class DiffusionSchedule:
         # solved for x_0: x_0 = sqrt(1 / alpha_bar) x_t - sqrt(1 / alpha_bar - 1) eps
         self.sqrt_recip_alphas_cumprod = (1 / alpha_bar).sqrt()
         self.sqrt_recipm1_alphas_cumprod = (1 / alpha_bar - 1).sqrt()
-        # x_{t-1} if x_t and x_0 are known: N(coef_x_0 x_0 + coef_x_t x_t, variance). DDPM, eq. 6, 7
+        # posterior, x_{t-1} given x_t and x_0: N(coef_x_0 x_0 + coef_x_t x_t, variance), eq. 6, 7
         self.posterior_variance = betas * (1 - alpha_bar_prev) / (1 - alpha_bar)
         self.posterior_log_variance = self.posterior_variance.clamp(min=1e-20).log()
         self.posterior_mean_coef_x_0 = alpha_bar_prev.sqrt() * betas / (1 - alpha_bar)
@@ -83,16 +83,16 @@ class DiffusionSchedule:
     def ddim_step(self, x_t, x_0_hat, t, t_next, eta=0.0, noise=None):
         """From timestep t to any earlier t_next, given the prediction x_0_hat. DDIM, eq. 12.
 
-        The prediction splits x_t into x_0_hat and eps_hat: jump to x_0_hat, then walk back along
-        eps_hat to the noise level of t_next. Only the two levels matter, so timesteps between
-        them can be left out. t_next = -1: clean data. eta: how much of the noise is new; 0: none,
-        1 with t_next = t - 1: as much as in DDPM. noise: N(0, I), drawn if None and eta is not 0.
+        The prediction splits x_t into x_0_hat and eps_hat. Their sum, weighted for the noise level
+        of t_next, is x_next. Only the two levels matter, so timesteps between them can be left out.
+        t_next = -1: clean data. eta: how much of the noise is new; 0: none, 1 with t_next = t - 1:
+        as much as in DDPM. noise: N(0, I), drawn if None and eta is not 0.
         """
         eps_hat = self.predict_eps(x_t, t, x_0_hat)
         alpha_bars = F.pad(self.alphas_cumprod, (0, 1), value=1.0)  # alpha_bars[-1]: clean data
         alpha_bar = alpha_bars[as_index(t, x_t, self.timesteps)]
         alpha_bar_next = alpha_bars[as_index(t_next, x_t, self.timesteps, lowest=-1)]
-        # eq. 16, squared: sigma^2, the variance of the new noise
+        # eq. 16, squared (alpha_t there is alpha_bar_t here): the variance of the new noise
         new = eta**2 * (1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)
         # the old noise makes up the rest: together they have the variance 1 - alpha_bar_next
         old = (1 - alpha_bar_next - new).clamp(min=0)
@@ -105,8 +105,8 @@ class DiffusionSchedule:
     def ddpm_step(self, x_t, x_0_hat, t, noise=None):
         """From t to t - 1 (clean data at t = 0), given the prediction x_0_hat. DDPM, eq. 6, 7.
 
-        A draw from q(x_{t-1} | x_t, x_0), which Bayes' rule gives: a Gaussian with its mean
-        between x_0_hat and x_t. noise: N(0, I), drawn if it is None.
+        A draw from q(x_{t-1} | x_t, x_0), which Bayes' rule gives: a Gaussian whose mean is a
+        weighted sum of x_0_hat and x_t. noise: N(0, I), drawn if it is None.
         """
         noise = normal_like(x_t) if noise is None else noise
         t = as_index(t, x_t, self.timesteps)
@@ -137,7 +137,7 @@ def ddim(denoise, schedule, x_T, num_steps=50, eta=0.0, generator=None, on_step=
 
 @torch.no_grad()
 def ddpm(denoise, schedule, x_T, generator=None, on_step=None):
-    """Ancestral sampling over all T timesteps. DDPM, algorithm 2. Otherwise like ddim."""
+    """All T timesteps, each with new noise. DDPM, algorithm 2. Otherwise like ddim."""
     x_t = x_T
     for t in reversed(range(schedule.timesteps)):
         x_0_hat = denoise(x_t, torch.full((len(x_t),), t, device=x_t.device))
