@@ -13,7 +13,6 @@ A plain autoencoder is the same network with noisy = clean. Vincent et al. (ICML
 The lesson needs only torch: copy it anywhere. The lab uses data.py and noise.py, too.
 """
 import math
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -52,14 +51,15 @@ class DenoisingAutoencoder(nn.Module):
     @torch.no_grad()
     def init_output_bias(self, images):
         """Bring the untrained output close to the mean of images (N, ...) in [0, 1], so that
-        training starts with what is different about each image. Raises as encode."""
-        check_size(images, self.input_dim)
+        training starts with what is different about each image. ValueError for another size."""
         mean = images.flatten(1).mean(0).clamp(0.01, 0.99)
+        if len(mean) != self.input_dim:
+            raise ValueError(f"the autoencoder takes images of {self.input_dim} values, such as "
+                             f"those of MNIST, not of {len(mean)}")
         self.decoder[-2].bias.copy_(mean.logit())  # the inverse of the sigmoid
 
     def encode(self, x):
-        """Images (B, ...) in [0, 1] -> latent (B, latent_dim). ValueError for another size."""
-        check_size(x, self.input_dim)
+        """Images (B, ...) in [0, 1] -> latent (B, latent_dim)."""
         return self.encoder(x.flatten(1))
 
     def decode(self, latent):
@@ -118,12 +118,6 @@ def train_autoencoder(model, images, corrupt, epochs=10, batch_size=512, lr=6e-3
 
 
 # ===================== below: the lab, its tables and pictures, command line
-def check_size(images, input_dim):
-    if images.flatten(1).shape[1] != input_dim:
-        raise ValueError(f"the autoencoder takes images of {input_dim} values, such as those of "
-                         f"MNIST, and got shape {tuple(images.shape)}")
-
-
 # A label says how images are corrupted: see corrupt. It is their name in tables and in pictures.
 PAIR = ["clean", "gaussian 0.3"]  # the plain autoencoder and the denoiser
 SPECIALISTS = ["gaussian 0.3", "salt_pepper 0.2", "masking 0.3"]
@@ -168,8 +162,8 @@ def train_models(labels, images, seed, epochs, batch_size):
         print(f"trained on {label}, seed {seed}: ", end="", flush=True)
         torch.manual_seed(seed)
         model = DenoisingAutoencoder().to(images.device)
-        add_noise = partial(corrupt, label=label)
-        models[label] = train_autoencoder(model, images, add_noise, epochs, batch_size, seed=seed)
+        models[label] = train_autoencoder(model, images, lambda x: corrupt(x, label), epochs,
+                                          batch_size, seed=seed)
     return models
 
 
@@ -304,7 +298,7 @@ def report_autoencoder(model, images, folder, trained_on):
 
 def lab(args):
     """Train what the exercises need; after each seed write lab.md and the pictures."""
-    from data import load_dataset
+    from data import load_dataset, save_pictures, write_whole
     device = "cuda" if torch.cuda.is_available() else "cpu"
     data, train, labels = load_dataset(args.data, args.data_dir, train=True, real="mnist")
     _, test, test_labels = load_dataset(data, args.data_dir, train=False, real="mnist")
@@ -315,7 +309,6 @@ def lab(args):
         print(f"notice: {data} has no subfolders, so no labels: features are not classified")
     trained_on = dict.fromkeys(label for name in exercises for label in TRAINED_ON[name])
     tables = {name: [] for name in exercises}
-    args.out.mkdir(parents=True, exist_ok=True)
     for seed in range(args.seeds):
         trained = train_models(trained_on, train, seed, args.epochs, args.batch_size)
         report = (f"`python autoencoder.py --exercise {args.exercise} --data {data} --epochs "
@@ -332,9 +325,9 @@ def lab(args):
             tables[name].append(table)
             report += f"\n## {name}\n\n{markdown(tables[name])}"
             if seed == 0:
-                picture.save(args.out / f"autoencoder-{name}.png")
-        (args.out / "lab.md").write_text(report, encoding="utf-8")
-        print(f"written to {args.out}: lab.md, seeds {seed + 1} of {args.seeds}, and pictures")
+                save_pictures(args.out, {f"autoencoder-{name}.png": picture})
+        write_whole(args.out / "lab.md", report.encode())
+        print(f"tables: {args.out}/lab.md, seeds {seed + 1} of {args.seeds}")
     print(report)
 
 

@@ -56,10 +56,8 @@ def load_mnist(root, train):
 
 
 def to_signed(images):
-    """The neural field's range, centred on 0: uint8 in 0..255 or float in [0, 1], to [-1, 1]."""
-    if images.dtype == torch.uint8:
-        return images.float() / 127.5 - 1
-    return images * 2 - 1
+    """The neural field's range, centred on 0: uint8 in 0..255, to float in [-1, 1]."""
+    return images.float() / 127.5 - 1
 
 
 def to_unit(x):
@@ -149,10 +147,9 @@ def find(root, *names):
     """The first file that has one of these names, patterns for glob, in a usual place, or None."""
     for place in PLACES:
         for name in names:
-            paths = sorted(Path(root).glob(f"{place}/{name}"))
-            files = [path for path in paths if path.is_file()]
-            if files:
-                return files[0]
+            for path in sorted(Path(root).glob(f"{place}/{name}")):
+                if path.is_file():
+                    return path
 
 
 def read_cifar10_records(root, name):
@@ -180,33 +177,26 @@ def read_cifar10_records(root, name):
     return torch.from_numpy(content.reshape(count, 3073))
 
 
-def parse_idx(file, shape):
-    """The items of the given shape in an IDX file that is open: uint8 (N, *shape).
-
-    It starts with big-endian 32-bit numbers: 0x0800 (the values are uint8) plus the number of
-    dimensions, then the size of each one. The values follow, the last dimension fastest. Raises
-    ValueError if the header is not that of (N, *shape) with N > 0."""
-    size = 2 + len(shape)
-    header = np.frombuffer(file.read(4 * size), ">u4", size).tolist()
-    count = min(header[1], 1_000_000)  # EMNIST has 697,932
-    content = file.read((count + 1) * math.prod(shape))  # an item too many is enough
-    items = np.frombuffer(content, np.uint8).reshape(-1, *shape)
-    if header != [0x0800 + items.ndim, len(items), *shape] or len(items) == 0:
-        raise ValueError(f"header {header} for {len(items):,} items")
-    return torch.tensor(items)
-
-
 def read_idx(root, name, shape):
-    """parse_idx of a file of MNIST, which is downloaded if it is not there."""
+    """The items of a file of MNIST, uint8 (N, *shape); it is downloaded if it is not there.
+
+    An IDX file starts with big-endian 32-bit numbers: 0x0800 (the values are uint8) plus the number
+    of dimensions, then the size of each one. The values follow, the last dimension fastest. Raises
+    ValueError if the header is not that of (N, *shape) with N > 0."""
     stem = name.replace("-idx", "[-.]idx")
     path = find(root, f"{stem}/{stem}", stem, f"{stem}.gz")  # some programs unpack x.gz to x/x
     if not path:
         path = Path(root, "MNIST/raw", f"{name}.gz")
         download([url + path.name for url in MNIST_URLS], path, MNIST_MD5[path.name])
+    content = path.read_bytes()
     try:
-        with open(path, "rb") as file:
-            zipped = file.peek()[:2] == b"\x1f\x8b"  # whatever its name says
-            return parse_idx(gzip.open(file) if zipped else file, shape)
+        if content[:2] == b"\x1f\x8b":  # whatever its name says
+            content = gzip.decompress(content)
+        header = np.frombuffer(content, ">u4", 2 + len(shape)).tolist()
+        items = np.frombuffer(content, np.uint8, offset=4 * len(header)).reshape(-1, *shape)
+        if header != [0x0800 + items.ndim, len(items), *shape] or len(items) == 0:
+            raise ValueError(f"header {header} for {len(items):,} items")
+        return torch.tensor(items)
     except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as problem:
         raise ValueError(f"{path}: expected the IDX format, items of shape {shape}, found "
                          f"{problem}; if it is damaged, delete it to fetch it again") from None
@@ -215,9 +205,7 @@ def read_idx(root, name, shape):
 def fixed_order(seed, indices, num_pixels):
     """Random numbers for sparse_split, float32 (B, num_pixels), functions of the seed and indices,
     int64 (B,), alone: image 7 has the same mask in every batch, run and process."""
-    rows = []
-    for index in indices.tolist():
-        rows.append(np.random.default_rng((seed, index)).random(num_pixels))
+    rows = [np.random.default_rng((seed, index)).random(num_pixels) for index in indices.tolist()]
     return torch.from_numpy(np.stack(rows)).to(indices.device, torch.float32)
 
 
@@ -228,15 +216,16 @@ def off_grid_split(images, input_ratio=0.2, output_ratio=0.2, generator=None, or
     the pixels, then the coordinates."""
     batch, _, height, width = images.shape
     pixels = height * width
-    n_in, n_out = count_split(pixels, input_ratio, output_ratio)
+    n_in, _ = count_split(pixels, input_ratio, output_ratio)
     if order is None:
         order = torch.rand(batch, pixels + 2 * n_in, generator=generator, device=images.device)
-    split = sparse_split(images, input_ratio, None, order=order[:, :pixels])
-    for key in ("indices", "coords", "values"):
-        everywhere = torch.cat([split[f"output_{key}"], split[f"input_{key}"]], dim=1)
-        split[f"output_{key}"] = everywhere[:, :pixels if output_ratio is None else n_out]
+    split = sparse_split(images, input_ratio, output_ratio, order=order[:, :pixels])
+    if output_ratio is None:
+        for key in ("indices", "coords", "values"):
+            both = split[f"output_{key}"], split[f"input_{key}"]
+            split[f"output_{key}"] = torch.cat(both, dim=1)
     coords = order[:, pixels:].unflatten(1, (n_in, 2))
-    grid = to_signed(coords)[:, :, None]                                   # (B, N_in, 1, 2)
+    grid = 2 * coords[:, :, None] - 1                                      # (B, N_in, 1, 2)
     values = F.grid_sample(split["full_image"], grid, align_corners=True)  # (B, C, N_in, 1)
     last = coords.new_tensor([width - 1, height - 1])
     column, row = (coords * last).round().long().unbind(-1)
@@ -270,11 +259,10 @@ def make_leaves(count, seed):
         grey = rng.normal(122, 55, (discs, 1))
         colour = rng.normal(grey, 22, (discs, 3))
         colour = colour.clip(0, 255).astype(int)
-        boxes = 2 * np.hstack([centre - radius, centre + radius])
         canvas = Image.new("RGB", (2048, 2048), "#7a7a7a")  # twice the size: smooth edges
         draw = ImageDraw.Draw(canvas)
-        for box, fill in zip(boxes.tolist(), colour.tolist()):
-            draw.ellipse(box, fill=tuple(fill))
+        for xy, r, fill in zip(2 * centre, 2 * radius, colour.tolist()):
+            draw.circle(xy, r.item(), tuple(fill))
         tiles = to_tensor(canvas.reduce(2)).unfold(1, 32, 32).unfold(2, 32, 32)
         images.append(tiles.flatten(1, 2).transpose(0, 1))  # of (3, 32, 32, 32, 32)
     return torch.cat(images)[:count], torch.zeros(count, dtype=torch.uint8)
@@ -591,12 +579,11 @@ def make_parser(doc, default_data=None):
 
 def between(low, high, kind=int):
     """A type for argparse: numbers from low to high."""
-    def parse(text):
+    def number(text):  # its name stands in argparse's message
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"must be between {low} and {high}, got {text}")
         return kind(text)
-    parse.__name__ = kind.__name__  # for argparse's message
-    return parse
+    return number
 
 
 class Output:

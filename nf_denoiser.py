@@ -49,22 +49,20 @@ class Attention(nn.Module):
     multiplies the weight of j by w_j, since exp(a + log w) = w exp(a): noisy pixels count less.
 
     x (B, N, dim) attends to context (B, M, dim) -> (B, N, dim). log_w: (B, M) or None. With
-    placed=True it needs the coordinates (B, N, 2) and (B, M, 2). Raises ValueError if dim is not a
-    multiple of num_heads, or of 4 * num_heads with placed=True.
+    placed=True it needs the coordinates (B, N, 2) and (B, M, 2). dim: a multiple of num_heads, with
+    placed=True of 4 * num_heads.
     """
 
     def __init__(self, dim, num_heads, placed=False):
         super().__init__()
-        check_heads(dim, num_heads, placed)
         self.num_heads = num_heads
         self.to_q = nn.Linear(dim, dim, bias=False)
         self.to_k = nn.Linear(dim, dim, bias=False)
         self.to_v = nn.Linear(dim, dim, bias=False)
         self.to_out = nn.Linear(dim, dim)
-        self.log_reach = None
-        if placed:  # at first from 0.7 to 4 pixels of an image of 32 x 32
-            first, last = math.log(0.7 / 31), math.log(4 / 31)
-            self.log_reach = nn.Parameter(torch.linspace(first, last, num_heads))
+        # at first from 0.7 to 4 pixels of an image of 32 x 32
+        log_reach = torch.linspace(math.log(0.7 / 31), math.log(4 / 31), num_heads)
+        self.log_reach = nn.Parameter(log_reach) if placed else None
 
     def forward(self, x, context, x_coords=None, context_coords=None, log_w=None):
         split = self.num_heads, -1
@@ -102,7 +100,7 @@ class PerceiverIO(nn.Module):
     num_latents=None places a latent at each input: it starts as that input and attends by distance,
     so near values count more from the start. A number: so many learned vectors without a place, as
     in the paper; from sines and cosines of the coordinates (FourierFeatures) they must learn what
-    "near" means. Raises ValueError as Attention does.
+    "near" means.
     """
 
     def __init__(self, input_dim, query_dim, output_dim, num_latents=512, latent_dim=512,
@@ -115,9 +113,8 @@ class PerceiverIO(nn.Module):
         if not placed:
             self.latents = nn.Parameter(torch.randn(num_latents, latent_dim) * 0.02)
         self.encoder = Block(latent_dim, num_heads, dropout, placed, cross=True)
-        self.processor = nn.ModuleList()
-        for _ in range(num_blocks):
-            self.processor.append(Block(latent_dim, num_heads, dropout, placed))
+        self.processor = nn.ModuleList(
+            Block(latent_dim, num_heads, dropout, placed) for _ in range(num_blocks))
         self.decoder = Block(latent_dim, num_heads, dropout, placed, cross=True)
         self.norm_out = nn.LayerNorm(latent_dim)
         self.to_values = nn.Linear(latent_dim, output_dim)
@@ -210,12 +207,12 @@ class NFDenoiser(nn.Module):
                  covariance=None, num_fourier_feats=256, **perceiver):
         super().__init__()
         check_parts(parts, widths, side)
-        self.register_buffer("alphas_cumprod", alphas_cumprod.detach().float().cpu())
+        self.register_buffer("alphas_cumprod", alphas_cumprod.float())
         self.side, self.unet, self.perceiver = side, None, None
         self.posterior = IndependentPixels(side)  # no pixel says anything about another
         if "gaussian" in parts:
             K = exponential_covariance(side) if covariance is None else covariance
-            self.posterior = GaussianField(K.detach().float().cpu())
+            self.posterior = GaussianField(K.float())
         if "unet" in parts:
             self.unet = UNet(channels + 3, widths)  # 3 planes say what is known: unet_planes
             self.unet_to_values = nn.Linear(widths[0], channels)
@@ -385,13 +382,11 @@ class FourierFeatures(nn.Module):
 class SinusoidalTimeEmbedding(nn.Module):
     """Sines and cosines of t at falling frequencies. Vaswani et al. (2017), section 3.5.
 
-    (B,) timesteps -> (B, dim) in [-1, 1]. Raises ValueError for a dim that is not even.
+    (B,) timesteps -> (B, dim) in [-1, 1]; dim is even.
     """
 
     def __init__(self, dim):
         super().__init__()
-        if dim < 2 or dim % 2:
-            raise ValueError(f"the time embedding needs an even dim of at least 2, got {dim}")
         exponents = torch.arange(dim // 2) / (dim // 2)
         self.register_buffer("frequencies", torch.exp(-math.log(10000) * exponents))
 
@@ -520,9 +515,8 @@ def pixel_covariance(images):
     for part in images.split(1000):
         x = part.flatten(0, 1).flatten(1).float() / 127.5 - 1              # (1000 C, side * side)
         total = total + x.T @ x
-    pixels = torch.arange(side * side, device=images.device).view(side, side)
-    flipped = pixels.flip(1).flatten()
-    total = total + total[flipped][:, flipped]
+    mirrored = total.view(side, side, side, side).flip(1, 3)
+    total = total + mirrored.view_as(total)
     return total / total.diagonal().mean()
 
 
@@ -590,13 +584,6 @@ def read_at(image, coords):
     """Bilinear interpolation of image (B, C, H, W) at coords (B, N, 2) in [0, 1]: (B, N, C)."""
     grid = 2 * coords[:, :, None] - 1                                      # (B, N, 1, 2)
     return F.grid_sample(image.to(grid), grid, align_corners=True)[..., 0].mT
-
-
-def check_heads(dim, num_heads, placed):
-    multiple = 4 * num_heads if placed else num_heads
-    if dim % multiple:
-        raise ValueError(f"latent_dim ({dim}) must be a multiple of {multiple}, for num_heads "
-                         f"({num_heads})")
 
 
 def check_parts(parts, widths, side):

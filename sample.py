@@ -539,9 +539,8 @@ def load_checkpoint(path, device="cpu"):
     Raises FileNotFoundError, and ValueError for a file that is damaged or no such checkpoint.
     """
     try:
-        damaged = zipfile.ZipFile(path).testzip()  # torch.load does not look at checksums
-        if damaged is not None:
-            raise ValueError(f"{damaged} is damaged")
+        if zipfile.ZipFile(path).testzip():  # torch.load does not look at checksums
+            raise ValueError("it is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         kind, config, *_ = (checkpoint[key] for key in KEYS)
         DiffusionSchedule(**checkpoint["schedule"])  # refuses unknown schedules here

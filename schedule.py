@@ -86,7 +86,7 @@ class DiffusionSchedule:
         The prediction splits x_t into x_0_hat and eps_hat. Their sum, weighted for the noise level
         of t_next, is x_next. Only the two levels matter, so timesteps between them can be left out.
         t_next = -1: clean data. eta: how much of the noise is new; 0: none, 1 with t_next = t - 1:
-        as much as in DDPM. noise: N(0, I), drawn if None and eta is not 0.
+        as much as in DDPM. noise: N(0, I), needed if eta is not 0.
         """
         eps_hat = self.predict_eps(x_t, t, x_0_hat)
         alpha_bars = F.pad(self.alphas_cumprod, (0, 1), value=1.0)  # alpha_bars[-1]: clean data
@@ -98,17 +98,15 @@ class DiffusionSchedule:
         old = (1 - alpha_bar_next - new).clamp(min=0)
         x_next = alpha_bar_next.sqrt() * x_0_hat + old.sqrt() * eps_hat
         if eta > 0:
-            noise = normal_like(x_t) if noise is None else noise
             x_next = x_next + new.sqrt() * noise
         return x_next.to(x_t.dtype)
 
-    def ddpm_step(self, x_t, x_0_hat, t, noise=None):
+    def ddpm_step(self, x_t, x_0_hat, t, noise):
         """From t to t - 1 (clean data at t = 0), given the prediction x_0_hat. DDPM, eq. 6, 7.
 
         A draw from q(x_{t-1} | x_t, x_0), which Bayes' rule gives: a Gaussian whose mean is a
-        weighted sum of x_0_hat and x_t. noise: N(0, I), drawn if it is None.
+        weighted sum of x_0_hat and x_t. noise: N(0, I), or 0 for the mean.
         """
-        noise = normal_like(x_t) if noise is None else noise
         t = as_index(t, x_t, self.timesteps)
         mean = self.posterior_mean_coef_x_0[t] * x_0_hat + self.posterior_mean_coef_x_t[t] * x_t
         return (mean + self.posterior_variance[t].sqrt() * noise).to(x_t.dtype)
@@ -143,7 +141,7 @@ def ddpm(denoise, schedule, x_T, generator=None, on_step=None):
         x_0_hat = denoise(x_t, torch.full((len(x_t),), t, device=x_t.device))
         if on_step:
             on_step(t, x_t, x_0_hat)
-        noise = normal_like(x_t, generator) if t > 0 else torch.zeros_like(x_t)
+        noise = normal_like(x_t, generator) if t > 0 else 0
         x_t = schedule.ddpm_step(x_t, x_0_hat, t, noise)
     return x_t
 

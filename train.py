@@ -104,9 +104,8 @@ def training_loop(task, optimizers, images, args, first=0):
         # A linear warm-up, times a half-cosine decay to 0. Loshchilov & Hutter (2017), eq. 5
         rate = min(1.0, (step + 1) / max(1, task.warmup * args.steps))
         rate *= 0.5 * (1 + math.cos(math.pi * step / args.steps))
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = optimizer.defaults["lr"] * rate
+        for optimizer in optimizers:  # each has one group of parameters
+            optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * rate
             optimizer.step()
         yield step + 1, loss
 
@@ -243,10 +242,9 @@ def train(task, optimizers, images, args, path, signals):
             line += f"  {task.metric} {tests[-1][1]:.4g}"
         if reporting or (stop and not set_aside):
             recent = losses[:step][-100:].mean()  # reading it makes a GPU wait
-            numbers = [recent, *task.model.parameters()]
-            if not all(x.isfinite().all() for x in numbers):
-                raise ValueError(f"the loss or a weight is no longer finite at step {step:,}, "
-                                 f"which is not saved: use a lower --lr")
+            if not all(p.isfinite().all() for p in task.model.parameters()):
+                raise ValueError(f"a weight is no longer finite at step {step:,}, which is not "
+                                 f"saved: use a lower --lr")
             if RANK == 0:
                 save(step)
             print(f"{line}  loss {recent:.5f}", flush=True)
