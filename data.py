@@ -234,6 +234,12 @@ def off_grid_split(images, input_ratio=0.2, output_ratio=0.2, generator=None, or
     return split
 
 
+def put_pixels(image, indices, values):
+    """Images like `image` (B, C, H, W), with values (B, N, C) at the pixels of indices (B, N)."""
+    pixels = image.flatten(2).scatter(2, indices[:, None].expand_as(values.mT), values.mT)
+    return pixels.view_as(image)
+
+
 def count_split(num_pixels, input_ratio, output_ratio):
     """How many pixels sparse_split takes, (n_in, n_out). Raises ValueError."""
     n_in = int(num_pixels * input_ratio) if 0 < input_ratio < 1 else 0
@@ -623,19 +629,15 @@ def run(main):
 
 
 def main():
-    parser = make_parser(__doc__, default_data="auto")
-    seed = between(0, 2**31 - 1)
-    parser.add_argument("--seed", type=seed, default=0, help="seed of the masks")
-    args = parser.parse_args()
+    args = make_parser(__doc__, default_data="auto").parse_args()
     name, images, _ = load_dataset(args.data, args.data_dir, train=False)
     print(f"{name}: {len(images):,} test images {tuple(images.shape[1:])}")
-    torch.manual_seed(args.seed)
+    torch.manual_seed(0)
     split = sparse_split(images[:8])
-    full_image = split["full_image"]
-    rows = [list(to_unit(full_image))]
+    rows = [list(to_unit(split["full_image"]))]
+    grey = torch.zeros_like(split["full_image"])
     for part in ("input", "output"):
-        mask = F.one_hot(split[f"{part}_indices"], full_image[0, 0].numel()).sum(1)
-        sparse = full_image * mask.view_as(full_image[:, :1])  # grey, 0, elsewhere
+        sparse = put_pixels(grey, split[f"{part}_indices"], split[f"{part}_values"])
         rows.append(list(to_unit(sparse)))
     grid = image_grid(rows, row_labels=["image", "input", "output"])
     save_pictures(args.out, {"data.png": grid})

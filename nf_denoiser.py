@@ -332,7 +332,7 @@ def ddim_sample(model, schedule, output_coords, input_coords, input_values, num_
     return ddim(denoise, schedule, x_T, num_steps, eta, generator, on_step)
 
 
-# ========== below: block, embeddings, U-Net, independent pixels, samplers, points and pixels, sizes
+# ========== below: block, embeddings, U-Net, independent pixels, points and pixels, sizes
 class Block(nn.Module):
     """A pre-norm transformer block: attention, then an MLP, each added to its input.
 
@@ -487,19 +487,6 @@ class IndependentPixels(nn.Module):
             coords = torch.cat([output_coords, input_coords], dim=1)
             values = torch.cat([y_out, y_in], dim=1)
         return scatter(coords, values, self.side), y_out, variance
-
-
-def ddpm_sample(model, schedule, output_coords, input_coords, input_values, generator=None,
-                on_step=None):
-    """Like ddim_sample, by schedule.ddpm."""
-    from schedule import ddpm, normal_like
-
-    def denoise(x_t, t):
-        return model(x_t, output_coords, t, input_coords, input_values)
-
-    like = input_values[:, :1].expand(-1, output_coords.shape[1], -1)      # (B, N_out, C)
-    x_T = normal_like(like, generator)
-    return ddpm(denoise, schedule, x_T, generator, on_step)
 
 
 def pixel_covariance(images):

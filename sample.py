@@ -5,7 +5,7 @@
     python sample.py --image damaged.png --mask mask.png      # white pixels of the mask: missing
     python sample.py --image photo.jpg --size 32 --gif        # its middle square, 32 x 32
     python sample.py out/nf/checkpoint.pt --evaluate  # 1,000 test images: MSE, MAE, PSNR, SSIM
-    python sample.py --sampler ddim --steps 20 --eta 1        # --sampler ddpm takes all timesteps
+    python sample.py --steps 1000 --eta 1             # samples by all timesteps: DDPM
     python sample.py --full --scale 4                 # all missing pixels in a sample; a fine grid
     python sample.py --evaluate 20 --samples 32       # does their spread fit the error?
 
@@ -33,10 +33,10 @@ from PIL import Image, PngImagePlugin
 
 from autoencoder import DenoisingAutoencoder, report_autoencoder
 from data import (between, fixed_order, heat, image_grid, load_dataset, load_picture, make_parser,
-                  off_grid_split, open_picture, run, save_pictures, sparse_split, square_picture,
-                  to_picture, to_signed, to_unit, write_whole)
-from nf_denoiser import (GaussianField, NFDenoiser, ddim_sample, ddpm_sample,
-                         exponential_covariance, likely_variance, one_step_mean, read_at, scatter)
+                  off_grid_split, open_picture, put_pixels, run, save_pictures, sparse_split,
+                  square_picture, to_picture, to_signed, to_unit, write_whole)
+from nf_denoiser import (GaussianField, NFDenoiser, ddim_sample, exponential_covariance,
+                         likely_variance, one_step_mean, read_at, scatter)
 from noise import psnr, ssim
 from schedule import DiffusionSchedule
 
@@ -295,15 +295,11 @@ def split_images(images, indices, seed=0, input_ratio=0.2, full=False, pixels="g
 def assemble(split, values=None):
     """Images (B, C, H, W) in [0, 1]: the input pixels, and values (B, N, C) in [-1, 1] at the first
     N outputs; grey elsewhere."""
-    image = torch.zeros_like(split["full_image"]).flatten(2)               # (B, C, H * W)
-
-    def put(indices, values):
-        image.scatter_(2, indices[:, None].expand_as(values.mT), values.mT)
-
-    put(split["input_indices"], split["input_values"])
+    grey = torch.zeros_like(split["full_image"])
+    image = put_pixels(grey, split["input_indices"], split["input_values"])
     if values is not None:
-        put(split["output_indices"][:, :values.shape[1]], values)
-    return to_unit(image.view_as(split["full_image"]))
+        image = put_pixels(image, split["output_indices"][:, :values.shape[1]], values)
+    return to_unit(image)
 
 
 def evaluate_field(model, schedule, images, draw=None, batch=25, **options):
@@ -408,15 +404,16 @@ def animate(split, frames, path):
 
 
 # --------------------------------------------------------------------------------------- reports
-def report_field(model, schedule, images, folder, name, sampler=ddim_sample, seed=0, samples=None,
-                 scale=1, gif=False, **options):
+def report_field(model, schedule, images, folder, name, num_steps=50, eta=0.0, seed=0,
+                 samples=None, scale=1, gif=False, **options):
     """Print the table of evaluate_field, draw the pictures, return {method: figures}.
 
     images: (N, C, H, W), called `name`. samples: how many for evaluate_samples, if any. options:
     those of split_images.
     """
     options["seed"] = seed
-    draw = partial(sampler, model, schedule, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    draw = partial(ddim_sample, model, schedule, num_steps=num_steps, eta=eta, generator=generator)
 
     def draw_and_record(*where):
         return draw(*where, on_step=lambda *step: frames.append(step))
@@ -619,9 +616,9 @@ def parse_arguments(argv):
     parser.set_defaults(data=None)
     add = parser.add_argument
     add("checkpoint", nargs="?", type=Path, help="default: newest below --out; --image: shipped")
-    add("--sampler", choices=["ddim", "ddpm"], help="default ddim")
-    add("--steps", type=between(1, 1000), help="number of DDIM steps (default 50); DDPM takes all")
-    add("--eta", type=between(0, 1, float), default=0.0, help="randomness of DDIM, 0 to 1")
+    add("--steps", type=between(1, 1000), help="number of DDIM steps, default 50")
+    add("--eta", type=between(0, 1, float), default=0.0,
+        help="randomness of DDIM, 0 to 1; 1 with --steps 1000 is DDPM")
     add("--seed", type=between(0, 2**31 - 1), default=0, help="seed of masks and noise")
     add("--input-ratio", type=between(0.0001, 0.9999, float), default=0.2,
         help="share of the pixels that is given")
@@ -643,16 +640,14 @@ def parse_arguments(argv):
     add("--json", type=Path, help="write the figures of the table to this file")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-    if args.sampler == "ddpm" and (args.steps or args.eta):
-        parser.error("--steps and --eta are for DDIM; DDPM takes all timesteps")
     if (args.mask or args.size) and not args.image:
         parser.error("--mask and --size are for --image")
     if args.mask and args.size:
         parser.error("--size takes a complete picture: no --mask")
     if args.image and (args.evaluate or args.data):
         parser.error("--evaluate and --data are for test images, not for --image")
-    args.sampling = any([args.sampler, args.steps, args.eta, args.samples, args.full, args.gif,
-                         args.scale > 1, args.pixels])
+    args.sampling = any([args.steps, args.eta, args.samples, args.full, args.gif, args.scale > 1,
+                         args.pixels])
     if args.image and not args.size and args.sampling:
         parser.error("--image draws no samples: add --size 32 to see its middle as they do")
     return args
@@ -726,12 +721,9 @@ def main(argv=None):
         images = images[:args.evaluate or (6 if kind == "nf" else None)]
         count = len(images)
         if kind == "nf":
-            sampler = ddpm_sample
-            if args.sampler != "ddpm":
-                sampler = partial(ddim_sample, num_steps=args.steps or 50, eta=args.eta)
             figures = report_field(
-                model, schedule, images, folder, name, sampler, args.seed, args.samples,
-                args.scale, args.gif, input_ratio=args.input_ratio, full=args.full,
+                model, schedule, images, folder, name, args.steps or 50, args.eta, args.seed,
+                args.samples, args.scale, args.gif, input_ratio=args.input_ratio, full=args.full,
                 pixels=args.pixels or settings.get("pixels", "grid"))
         else:
             figures = report_autoencoder(model, images, folder, settings["noise"])

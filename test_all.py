@@ -1386,18 +1386,17 @@ def test_data_py_works_alone_and_a_pipe_that_closes_early_ends_it_quietly():
 def test_data_py_shows_images_and_their_sparse_pixels():
     with tiny_sets("sets"), spied(data, "image_grid") as grids:
         images = data.load_mnist("sets", False)[0][:8]
-        for seed, flag in enumerate(("", "--seed 1")):
-            out = works(data, f"--data mnist --data-dir sets --out there {flag}")
-            assert "mnist: 64 test images (1, 28, 28)" in out and "there/data.png" in out
-            ((whole, *parts), *_), options = grids[seed]
-            assert options["row_labels"] == ["image", "input", "output"]
-            close(torch.stack(whole), images / 255)
-            torch.manual_seed(seed)
-            split = data.sparse_split(images)
-            for part, name in zip(parts, ("input", "output")):
-                mask = torch.zeros(8, 784).scatter(1, split[f"{name}_indices"], 1)
-                sparse = torch.where(mask.view_as(images) == 1, images / 255, 0.5)  # grey elsewhere
-                close(torch.stack(part), sparse)
+        out = works(data, "--data mnist --data-dir sets --out there")
+        assert "mnist: 64 test images (1, 28, 28)" in out and "there/data.png" in out
+        ((whole, *parts), *_), options = grids[0]
+        assert options["row_labels"] == ["image", "input", "output"]
+        close(torch.stack(whole), images / 255)
+        torch.manual_seed(0)
+        split = data.sparse_split(images)
+        for part, name in zip(parts, ("input", "output")):
+            mask = torch.zeros(8, 784).scatter(1, split[f"{name}_indices"], 1)
+            sparse = torch.where(mask.view_as(images) == 1, images / 255, 0.5)  # grey elsewhere
+            close(torch.stack(part), sparse)
 
 
 def mutated(content, rng):
@@ -2030,8 +2029,8 @@ def test_the_one_step_mean_averages_the_image_and_its_mirror_image():
     assert not got.requires_grad
 
 
-def test_samplers_of_the_field_start_from_noise_at_the_output_pixels():
-    """Otherwise, and in their defaults, they are those of schedule.py."""
+def test_ddim_sample_starts_from_noise_at_the_output_pixels():
+    """Otherwise, and in its defaults, it is schedule.ddim."""
     sched = schedule.DiffusionSchedule(100)
     places = torch.rand(2, 5, 2), torch.rand(2, 3, 2), torch.rand(2, 3, 1)
 
@@ -2039,16 +2038,11 @@ def test_samplers_of_the_field_start_from_noise_at_the_output_pixels():
         assert (output_coords, *known) == places
         return nine_tenths_plus_t(x_t, t)
 
-    for name, options in (
-            ("ddim", dict(num_steps=4, eta=0.5)),
-            ("ddim", {}),
-            ("ddpm", {})):
+    for options in (dict(num_steps=4, eta=0.5), {}):
         g = seeded()
         x_T = torch.randn(2, 5, 1, generator=g)  # a number for each output pixel and channel
-        sampler = getattr(schedule, name)
-        expected = sampler(nine_tenths_plus_t, sched, x_T, generator=g, **options)
-        sampler = getattr(nf_denoiser, f"{name}_sample")
-        got = sampler(model, sched, *places, generator=seeded(), **options)
+        expected = schedule.ddim(nine_tenths_plus_t, sched, x_T, generator=g, **options)
+        got = nf_denoiser.ddim_sample(model, sched, *places, generator=seeded(), **options)
         assert torch.equal(got, expected)
 
 
@@ -2070,9 +2064,10 @@ def test_nearest_and_inverse_distance_by_hand():
     close(sample.inverse_distance(out, coords, values), expected, 1e-3)
 
 
-def drawing(model, sched, seed=0, sampler=nf_denoiser.ddim_sample, **options):
+def drawing(model, sched, seed=0, **options):
     """draw(output_coords, input_coords, input_values, on_step=None)."""
-    return functools.partial(sampler, model, sched, generator=seeded(seed), **options)
+    g = seeded(seed)
+    return functools.partial(nf_denoiser.ddim_sample, model, sched, generator=g, **options)
 
 
 # Stand-ins for a model and a sampler, whose answers are partly out of [-1, 1]
@@ -3103,9 +3098,9 @@ def test_each_flag_changes_the_table_as_it_says():
     with a_field_and_test_images() as (*field, images):
         for flags, sampling, options in (
                 ("--steps 3", three, {}),
-                ("--steps 4 --sampler ddim", dict(num_steps=4), {}),
+                ("--steps 4", dict(num_steps=4), {}),
                 ("--steps 3 --eta 0.5", dict(num_steps=3, eta=0.5), {}),
-                ("--sampler ddpm", dict(sampler=nf_denoiser.ddpm_sample), {}),
+                ("--steps 20 --eta 1", dict(num_steps=20, eta=1), {}),
                 ("--steps 3 --seed 4", three, dict(seed=4)),
                 ("--steps 3 --input-ratio 0.5", three, dict(input_ratio=0.5)),
                 ("--steps 3 --full", three, dict(full=True)),
@@ -3121,7 +3116,7 @@ def test_each_flag_changes_the_table_as_it_says():
             n_in = int(256 * options.get("input_ratio", 0.2))
             n_out = 205 if "full" in options else 51
             title = (f"leaves: 2 images, {n_in} pixels given, {n_out} measured, sample in "
-                     f"{sampling.get('num_steps', 20)} steps, mask seed {seed}\n")
+                     f"{sampling['num_steps']} steps, mask seed {seed}\n")
             assert title in out, out
         refused(sample, "m.pt", "1 to 20, got 50")  # the default of --steps
 
@@ -3326,7 +3321,7 @@ def test_an_autoencoders_checkpoint_is_measured_by_its_own_report():
             works(sample, "m.pt")
         assert len(report.call_args.args[1]) == len(images)  # by default all
         for flags in ("--steps 2 | --full | --gif | --scale 2 | --samples 2 | --eta 1 | --seed 1 | "
-                      "--sampler ddpm | --pixels grid | --image a.png | --input-ratio 0.5"
+                      "--pixels grid | --image a.png | --input-ratio 0.5"
                       ).split(" | "):
             refused(sample, f"m.pt {flags}", "m.pt is an autoencoder")
 
@@ -3734,9 +3729,9 @@ def test_bad_input_gets_one_line_and_an_exit_code():
             refused(sample, "", "no checkpoint below out:", "train.py")
         for module, lines in (  # exit code 2, from argparse
                 (sample, "--eta 2 | --eta -1 | --eta nan | --scale 0 | --scale 17 | --seed -1 | "
-                         "--evaluate 0 | --samples 1 | --sampler ddpm --eta 1 | --steps 1001 | "
-                         "--sampler ddpm --steps 5 | --input-ratio 1.1 | --input-ratio nan | "
-                         "--size 32 | --size 65 | --mask x.png | --sampler odd | --pixels odd | "
+                         "--evaluate 0 | --samples 1 | --steps 0 | --steps 1001 | "
+                         "--input-ratio 1.1 | --input-ratio nan | "
+                         "--size 32 | --size 65 | --mask x.png | --pixels odd | "
                          "--image x.png --gif | --image x.png --size 32 --mask x.png | "
                          "--image x.png --steps 5 | --image x.png --pixels grid | "
                          "--image x.png --mask x.png --full | --image x.png --input-ratio 1.5 | "
@@ -3751,7 +3746,7 @@ def test_bad_input_gets_one_line_and_an_exit_code():
                         "--model ae --noise-param 1"),
                 (autoencoder, "--seeds 0 | --epochs 0 | --batch-size 0 | --exercise nope"),
                 (noise, "--nope"),
-                (data, "--seed x | --seed -1 | --seed 99999999999999999999")):
+                (sample, "--seed x | --seed 99999999999999999999")):
             for line in lines.split(" | "):
                 code, _, err = run(module, line)
                 assert code == 2 and "error: " in err.splitlines()[-1], (module, line, err)

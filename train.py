@@ -219,7 +219,6 @@ def train(task, optimizers, images, args, path, signals):
 
     def save(step):
         nonlocal set_aside
-        path.parent.mkdir(parents=True, exist_ok=True)
         sample.save_checkpoint(path, dict(
             kind=args.model, config=task.config, data=args.data, step=step, settings=settings,
             schedule=dict(beta_schedule=args.beta_schedule), model=task.model.state_dict(),
