@@ -90,7 +90,7 @@ def train_autoencoder(model, images, corrupt, epochs=10, batch_size=512, lr=6e-3
     identity trains a plain autoencoder. Each batch gets new noise, so there is none to memorise.
     The weights returned are frozen. Raises ValueError if the last loss is not finite.
     """
-    model.init_output_bias(images)
+    model.train().requires_grad_(True).init_output_bias(images)
     optimizer = torch.optim.Adam(model.parameters(), lr, fused=True)
     batches = max(1, len(images) // batch_size)  # in an epoch; an incomplete last one is left out
     steps, step = epochs * batches, 0
@@ -298,7 +298,8 @@ def report_autoencoder(model, images, folder, trained_on):
 
 def lab(args):
     """Train what the exercises need; after each seed write lab.md and the pictures."""
-    from data import load_dataset, save_pictures, write_whole
+    from data import check_place, load_dataset, save_pictures, write_whole
+    check_place(args.out / "lab.md")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     data, train, labels = load_dataset(args.data, args.data_dir, train=True, real="mnist")
     _, test, test_labels = load_dataset(data, args.data_dir, train=False, real="mnist")
@@ -326,7 +327,7 @@ def lab(args):
             report += f"\n## {name}\n\n{markdown(tables[name])}"
             if seed == 0:
                 save_pictures(args.out, {f"autoencoder-{name}.png": picture})
-        write_whole(args.out / "lab.md", report.encode())
+        write_whole(args.out / "lab.md", report.encode(errors="replace"))
         print(f"tables: {args.out}/lab.md, seeds {seed + 1} of {args.seeds}")
     print(report)
 

@@ -143,6 +143,19 @@ def write_whole(path, content):
         temporary.unlink(missing_ok=True)
 
 
+def check_place(path):
+    """Raises ValueError or OSError, naming it, if write_whole cannot write to this path."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is a folder or a device: rename it, or choose another place")
+    is_new = not path.parent.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    temporary.touch()
+    temporary.unlink()
+    if is_new:  # there may be nothing to write
+        path.parent.rmdir()
+
+
 def find(root, *names):
     """The first file that has one of these names, patterns for glob, in a usual place, or None."""
     for place in PLACES:
@@ -225,8 +238,9 @@ def off_grid_split(images, input_ratio=0.2, output_ratio=0.2, generator=None, or
             both = split[f"output_{key}"], split[f"input_{key}"]
             split[f"output_{key}"] = torch.cat(both, dim=1)
     coords = order[:, pixels:].unflatten(1, (n_in, 2))
-    grid = 2 * coords[:, :, None] - 1                                      # (B, N_in, 1, 2)
-    values = F.grid_sample(split["full_image"], grid, align_corners=True)  # (B, C, N_in, 1)
+    image = split["full_image"]
+    grid = (2 * coords[:, :, None] - 1).to(image)                          # (B, N_in, 1, 2)
+    values = F.grid_sample(image, grid, align_corners=True)                # (B, C, N_in, 1)
     last = coords.new_tensor([width - 1, height - 1])
     column, row = (coords * last).round().long().unbind(-1)
     split["input_indices"] = row * width + column
@@ -367,7 +381,8 @@ def open_picture(path, least_side=None):
     limit = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = None
     try:
-        with Image.open(path) as file:
+        # not opened by its name: Pillow would map a TIFF file, and turn it wrongly
+        with open(path, "rb") as stream, Image.open(stream) as file:
             if math.prod(file.size) > 300_000_000:
                 raise ValueError("it has more than 300 megapixels: reduce it first")
             # 16 bits: Pillow says so in the mode or in its name for the file's layout, not for PPM
@@ -475,7 +490,7 @@ def read_mask(path, size):
         levels = ImageChops.invert(alpha)
     highest = levels.getextrema()[1]
     # measured: beside an edge, the noise of a JPEG file stays below 7 quantization steps
-    threshold = max(16, highest * picture.jpeg_step // 36)
+    threshold = max(16, min(highest // 2, highest * picture.jpeg_step // 36))
     if len(levels.getcolors()) == 2:
         threshold = highest
     if highest < threshold:
@@ -594,6 +609,8 @@ def between(low, high, kind=int):
 
 class Output:
     """Standard output that may be missing, closed, or of any encoding: printing never fails."""
+
+    closed = False  # in a notebook a second program finds the first one's
 
     def __init__(self, stream):
         if stream is None or stream.closed:

@@ -20,7 +20,7 @@ Each part can be left out (train.py --parts). python nf_denoiser.py prints their
 
 Perceiver IO: Jaegle et al. (2021, arXiv 2107.14795). Gaussian Processes for Machine Learning:
 Rasmussen & Williams (2006). U-Net: Ronneberger et al. (2015, arXiv 1505.04597).
-Needs torch, to sample also schedule.py: copy it anywhere.
+Needs torch, to sample also schedule.py, to print the sizes data.py: copy it anywhere.
 """
 import argparse
 import math
@@ -241,11 +241,13 @@ class NFDenoiser(nn.Module):
         """
         x_t, t = noisy_output_values, t.long()
         check_shapes(x_t, output_coords, t, input_coords, input_values, len(self.colours))
-        input_coords, output_coords = input_coords.clamp(0, 1), output_coords.clamp(0, 1)
+        dtype = self.colours.dtype  # float32; numpy gives float64
+        input_coords = input_coords.to(dtype).clamp(0, 1)
+        output_coords = output_coords.to(dtype).clamp(0, 1)
         alpha_bar = self.alphas_cumprod[t][:, None, None]                  # (B, 1, 1)
         exact = torch.autocast(t.device.type, enabled=False)  # linear algebra needs float32
         with exact, torch.no_grad():
-            x_in = input_values @ self.colours
+            x_in = input_values.to(dtype) @ self.colours
             mean = x_in.mean(dim=1, keepdim=True)                          # (B, 1, C)
             y_in, y_t = x_in - mean, None
             # DDPM, eq. 4: x_t / sqrt(alpha_bar) = x_0 + noise of this variance in every colour
@@ -317,10 +319,11 @@ def one_step_mean(model, schedule, output_coords, input_coords, input_values):
 
 
 def ddim_sample(model, schedule, output_coords, input_coords, input_values, num_steps=50, eta=0.0,
-                generator=None, on_step=None):
+                device=None, generator=None, on_step=None):
     """Draw output values (B, N_out, C): from Gaussian noise at output_coords, by schedule.ddim.
 
-    Arguments and errors are those of one_step_mean and of schedule.ddim. Not clamped.
+    Arguments and errors are those of one_step_mean and of schedule.ddim. Not clamped. device is
+    not used, since the values have one; the design document passes it.
     """
     from schedule import ddim, normal_like
 

@@ -23,6 +23,7 @@ import sys
 import time
 import zipfile
 import zlib
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -32,9 +33,9 @@ import torch.nn.functional as F
 from PIL import Image, PngImagePlugin
 
 from autoencoder import DenoisingAutoencoder, report_autoencoder
-from data import (between, fixed_order, heat, image_grid, load_dataset, load_picture, make_parser,
-                  off_grid_split, open_picture, put_pixels, run, save_pictures, sparse_split,
-                  square_picture, to_picture, to_signed, to_unit, write_whole)
+from data import (between, check_place, fixed_order, heat, image_grid, load_dataset, load_picture,
+                  make_parser, off_grid_split, open_picture, put_pixels, run, save_pictures,
+                  sparse_split, square_picture, to_picture, to_signed, to_unit, write_whole)
 from nf_denoiser import (GaussianField, NFDenoiser, ddim_sample, exponential_covariance,
                          likely_variance, one_step_mean, read_at, scatter)
 from noise import psnr, ssim
@@ -500,11 +501,12 @@ def name_results(folder, path):
     text = PngImagePlugin.PngInfo()
     text.add_text("Source", source)
     result = folder / f"{path.stem}-restored.png"
-    if result.exists():
-        with Image.open(result) as old:
-            if old.info.get("Source") != source:
-                return f"{path.stem}-{source}", text
-    return path.stem, text
+    if not result.exists():
+        return path.stem, text
+    with suppress(OSError), Image.open(result) as old:  # which may be damaged
+        if old.info.get("Source") == source:
+            return path.stem, text
+    return f"{path.stem}-{source}", text
 
 
 def show_progress(method):
@@ -553,8 +555,9 @@ def load_checkpoint(path, device="cpu"):
         raise  # its message names the file
     except Exception as problem:  # a foreign or damaged file can fail in any way
         reason = f"{type(problem).__name__}: {str(problem).strip()}".split("\n")[0][:150]
-        raise ValueError(f"{path} is not a checkpoint of this version of train.py "
-                         f"({reason})") from None
+        reason = reason.replace("\x1b[1m", "")  # torch sets it in bold
+        raise ValueError(f"{path} is not a checkpoint of this version of train.py ({reason}); a "
+                         f"picture is restored by --image") from None
     return model.to(device).eval(), checkpoint
 
 
@@ -568,19 +571,6 @@ def save_checkpoint(path, checkpoint, set_aside=None):
     if set_aside:
         write_whole(set_aside, path.read_bytes())
     write_whole(path, buffer.getbuffer())
-
-
-def check_place(path):
-    """Raises ValueError or OSError, naming it, if a file cannot be written to this path."""
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder: rename it, or choose another place")
-    is_new = not path.parent.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")  # as in write_whole
-    temporary.touch()
-    temporary.unlink()
-    if is_new:  # there may be nothing to write
-        path.parent.rmdir()
 
 
 def export(model, checkpoint, path):
@@ -642,14 +632,16 @@ def parse_arguments(argv):
     args = parser.parse_args(argv)
     if (args.mask or args.size) and not args.image:
         parser.error("--mask and --size are for --image")
-    if args.mask and args.size:
-        parser.error("--size takes a complete picture: no --mask")
+    if args.mask and (args.size or args.seed or args.input_ratio != 0.2):
+        parser.error("--size, --seed and --input-ratio take a complete picture: no --mask")
     if args.image and (args.evaluate or args.data):
         parser.error("--evaluate and --data are for test images, not for --image")
     args.sampling = any([args.steps, args.eta, args.samples, args.full, args.gif, args.scale > 1,
                          args.pixels])
     if args.image and not args.size and args.sampling:
         parser.error("--image draws no samples: add --size 32 to see its middle as they do")
+    if args.export and (args.image or args.evaluate or args.json or args.sampling):
+        parser.error("--export writes the weights and does nothing else")
     return args
 
 
@@ -712,6 +704,7 @@ def main(argv=None):
                          f"field: give the path of its checkpoint")
     schedule = DiffusionSchedule(**checkpoint["schedule"]).to(args.device)
     folder, count = args.out / kind, 1
+    check_place(folder / "samples.png")
     if args.image and not args.size:
         name = args.image
         figures = report_picture(model, schedule, name, folder, args.mask, args.input_ratio,

@@ -28,8 +28,8 @@ from PIL import Image
 
 from autoencoder import (DenoisingAutoencoder, autoencoder_loss, corrupt, corrupt_test,
                          report_autoencoder)
-from data import (BUILT_IN, between, line_chart, load_dataset, make_parser, off_grid_split, run,
-                  save_pictures, sparse_split)
+from data import (BUILT_IN, between, check_place, line_chart, load_dataset, make_parser,
+                  off_grid_split, run, save_pictures, sparse_split)
 from nf_denoiser import PARTS, SIZES, NFDenoiser, nf_loss, pixel_covariance
 from noise import NOISES
 from schedule import DiffusionSchedule
@@ -241,9 +241,10 @@ def train(task, optimizers, images, args, path, signals):
             line += f"  {task.metric} {tests[-1][1]:.4g}"
         if reporting or (stop and not set_aside):
             recent = losses[:step][-100:].mean()  # reading it makes a GPU wait
-            if not all(p.isfinite().all() for p in task.model.parameters()):
-                raise ValueError(f"a weight is no longer finite at step {step:,}, which is not "
-                                 f"saved: use a lower --lr")
+            numbers = [torch.tensor(tests[-1:]), *task.model.parameters()]
+            if not all(x.isfinite().all() for x in numbers):
+                raise ValueError(f"a weight or the test figure is no longer finite at step "
+                                 f"{step:,}, which is not saved: use a lower --lr")
             if RANK == 0:
                 save(step)
             print(f"{line}  loss {recent:.5f}", flush=True)
@@ -348,7 +349,7 @@ def parse_arguments(argv):
     length("--steps", type=count, help="how many batches to train on")
     length("--epochs", type=count, help="or how many times through the data")
     add("--batch-size", type=count)
-    add("--lr", type=between(1e-12, 1e99, float), help="peak learning rate")
+    add("--lr", type=between(1e-12, 1e30, float), help="peak learning rate")
     add("--seed", type=between(0, 2**31 - 1), default=42)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--resume", action="store_true", help="continue from the checkpoint below --out")
@@ -357,6 +358,8 @@ def parse_arguments(argv):
     for flag, model in ONLY_FOR.items():
         if args.model != model and getattr(args, flag) != parser.get_default(flag):
             parser.error(f"--{flag.replace('_', '-')} is for --model {model}")
+    if args.num_latents and "perceiver" not in args.parts:
+        parser.error("--num-latents is for the perceiver, which is not among --parts")
     if args.noise == "mixed" and args.noise_param is not None:
         parser.error("--noise-param is for a noise other than mixed")
     args.parts = [part for part in PARTS if part in args.parts]
@@ -411,8 +414,6 @@ def load_images(args):
         torch.distributed.broadcast_object_list(loaded)
     args.data, images, test_images = loaded
     args.images, args.test_images = sample.checksum(images), sample.checksum(test_images)
-    if args.batch_size > len(images):
-        raise ValueError(f"--batch-size {args.batch_size} is more than {len(images):,} images")
     return images.to(args.device), test_images.to(args.device)
 
 
@@ -428,7 +429,7 @@ def main(argv=None):
     if RANK == 0:
         for name in ("checkpoint.pt", "checkpoint-old.pt", "loss.png", "samples.png",
                      "results.json"):
-            sample.check_place(path.with_name(name))
+            check_place(path.with_name(name))
     images, test_images = load_images(args)
     if args.steps is None:
         args.steps = args.epochs * (len(images) // args.batch_size)
@@ -439,6 +440,8 @@ def main(argv=None):
     optimizers = make_optimizers(task.model, args)
     if not optimizers:
         args.steps = 0  # --parts gaussian is linear algebra: it has no weights
+    elif args.batch_size > len(images):
+        raise ValueError(f"--batch-size {args.batch_size} is more than {len(images):,} images")
     print(f"{args.model}: {sum(p.numel() for p in task.model.parameters()):,} parameters | "
           f"{args.data}: {len(images):,} images | {args.device}, processes: {WORLD}, threads: "
           f"{torch.get_num_threads()}, torch {torch.__version__}\n"
