@@ -95,7 +95,7 @@ def train_autoencoder(model, images, corrupt, epochs=10, batch_size=512, lr=6e-3
     batches = max(1, len(images) // batch_size)  # in an epoch; an incomplete last one is left out
     steps, step = epochs * batches, 0
     for epoch in range(epochs):
-        torch.manual_seed(seed * 1_000_003 + epoch)  # the random numbers of train.py
+        torch.manual_seed(seed * 1_000_003 + epoch)  # as in train.py, which can resume
         order = torch.randperm(len(images)).to(images.device)
         for index in order.split(batch_size)[:batches]:
             torch.manual_seed(seed * 1_000_003 + step)

@@ -69,8 +69,8 @@ def sparse_split(images, input_ratio=0.2, output_ratio=0.2, generator=None, orde
     """Choose input and output pixels of each image at random, no pixel twice.
 
     images: (B, C, H, W), uint8 (mapped to [-1, 1]) or float (taken as they are). A ratio takes
-    int(H * W * ratio) pixels; output_ratio None takes all that are not input. order: numbers
-    (B, H * W) to sort by, so equal ones choose equal pixels; None draws them with `generator`.
+    int(H * W * ratio) pixels; output_ratio None takes all that are not input. order: (B, H * W),
+    numbers to sort: the same ones choose the same pixels; None draws them with `generator`.
     Returns a dict: full_image (B, C, H, W), input_coords (B, N_in, 2), input_values (B, N_in, C),
     input_indices (B, N_in), the same for the output. A coordinate is (x, y) = (column, row) /
     (side - 1), an index row * W + column. Raises ValueError for no or too many pixels."""

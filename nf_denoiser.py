@@ -36,7 +36,7 @@ PARTS = ("gaussian", "unet", "perceiver")
 class Attention(nn.Module):
     """Multi-head attention with a notion of distance. Vaswani et al. (2017), eq. 1.
 
-    Each head replaces a vector by a weighted mean of the values v_j of its context:
+    For vector i, at the place p_i, each head returns a weighted mean of the context's values v_j:
 
         logits_ij  = (R_i q_i) . (R_j k_j) / sqrt(d) - |p_i - p_j|^2 / (2 reach^2) + log w_j
         weights_ij = exp(logits_ij) / sum_j exp(logits_ij)                        (softmax)
@@ -95,12 +95,12 @@ class PerceiverIO(nn.Module):
 
     Latents are the vectors that it works on: they read the inputs (encoder), then each other
     (processor); queries read the latents (decoder). Each step is a Block: attention, then an MLP,
-    each added to its input. Few latents cost less than if all vectors read each other.
+    each added to its input.
 
-    num_latents=None places a latent at each input: it starts as that input and attends by distance,
-    so near values count more from the start. A number: so many learned vectors without a place, as
-    in the paper; from sines and cosines of the coordinates (FourierFeatures) they must learn what
-    "near" means.
+    num_latents=None (train.py's default): a latent at each input, which starts as that input and
+    attends by distance. A number (--size full): so many learned vectors without a place, as in the
+    paper; what "near" means they must learn from sines and cosines of the coordinates
+    (FourierFeatures). Fewer latents than inputs cost less.
     """
 
     def __init__(self, input_dim, query_dim, output_dim, num_latents=512, latent_dim=512,
@@ -122,8 +122,8 @@ class PerceiverIO(nn.Module):
     def forward(self, inputs, input_coords, queries, query_coords, log_w=None):
         """inputs (B, N, input_dim), queries (B, M, query_dim) -> (B, M, output_dim).
 
-        Coordinates (B, N, 2) and (B, M, 2) in [0, 1]. log_w (B, 1): if given, queries describe
-        noisy pixels: the latents read them, too, with their attention weights multiplied by w.
+        Coordinates (B, N, 2), (B, M, 2) in [0, 1]. log_w (B, 1), if given: queries describe noisy
+        pixels, which the latents read, too, each with its attention weight multiplied by w.
         """
         inputs, queries = self.embed_inputs(inputs), self.embed_queries(queries)
         context, context_coords = inputs, input_coords
@@ -146,9 +146,9 @@ class PerceiverIO(nn.Module):
 class GaussianField(nn.Module):
     """Posterior mean of an image, given clean and noisy pixels, if it were a Gaussian random field.
 
-    The pixels of such a field are jointly normal with covariance K. If one is seen, y above the
-    mean and with noise of variance D, another is expected to be K(other, seen) / (K(seen, seen) +
-    D) times y above it. If several are seen, that becomes a linear system, known as kriging:
+    The pixels of such a field are jointly normal with covariance K. Say one is seen: y, its value
+    less the mean, has noise of variance D. Another is then expected to lie y K(other, seen) /
+    (K(seen, seen) + D) above the mean. With several seen, that is a linear system, kriging:
 
         posterior_mean = K(all, seen) (K(seen, seen) + D)^-1 y      Rasmussen & Williams, eq. 2.23
 
@@ -179,7 +179,7 @@ class GaussianField(nn.Module):
             coords = torch.cat([input_coords, output_coords], dim=1)
             y = torch.cat([y_in, y_t], dim=1)
         side = math.isqrt(len(self.covariance))
-        # rows of the covariance; read again at the same places, they are K(seen, seen)
+        # rows K(seen, all pixels); their entries at the seen pixels are K(seen, seen)
         K_seen_all = read_rows(self.covariance, coords.to(y), side)             # (B, N, P)
         K = read_at(K_seen_all.unflatten(2, (side, side)), coords.to(y))        # (B, N, N)
         noise = torch.full_like(y_in, self.jitter)
@@ -209,7 +209,7 @@ class NFDenoiser(nn.Module):
         check_parts(parts, widths, side)
         self.register_buffer("alphas_cumprod", alphas_cumprod.float())
         self.side, self.unet, self.perceiver = side, None, None
-        self.posterior = IndependentPixels(side)  # no pixel says anything about another
+        self.posterior = IndependentPixels(side)  # without the Gaussian field: each on its own
         if "gaussian" in parts:
             K = exponential_covariance(side) if covariance is None else covariance
             self.posterior = GaussianField(K.float())
@@ -218,8 +218,8 @@ class NFDenoiser(nn.Module):
             self.unet_to_values = nn.Linear(widths[0], channels)
             nn.init.normal_(self.unet_to_values.weight, std=0.01)  # start near the posterior mean
         if "perceiver" in parts:
-            self.fourier = FourierFeatures(num_fourier_feats)
-            self.embed_time = SinusoidalTimeEmbedding(64)
+            self.fourier = FourierFeatures(num_fourier_feats)  # sines, cosines of coordinates
+            self.embed_time = SinusoidalTimeEmbedding(64)      # sines, cosines of t
             input_dim = 2 * num_fourier_feats + channels + 64
             query_dim = input_dim + (widths[0] if self.unet else 0)
             self.perceiver = PerceiverIO(input_dim, query_dim, channels, **perceiver)
@@ -247,6 +247,7 @@ class NFDenoiser(nn.Module):
         alpha_bar = self.alphas_cumprod[t][:, None, None]                  # (B, 1, 1)
         exact = torch.autocast(t.device.type, enabled=False)  # linear algebra needs float32
         with exact, torch.no_grad():
+            # 1. What the pixels say without a network: x_0 is about mean + y_out, up to std.
             x_in = input_values.to(dtype) @ self.colours
             mean = x_in.mean(dim=1, keepdim=True)                          # (B, 1, C)
             y_in, y_t = x_in - mean, None
@@ -256,18 +257,19 @@ class NFDenoiser(nn.Module):
                 y_t = (x_t.to(x_in) @ self.colours) / alpha_bar.sqrt() - mean
             y_image, y_out, variance = self.posterior(input_coords, y_in, output_coords, y_t,
                                                       noise_variance)
-            # x_0 is known up to `unexplained` from its neighbours, and up to noise_variance from
-            # x_t: together, up to std^2, since precisions (1 / variance) add up. Scaled by std, the
-            # network's answers have the same size at every t: c_out of Karras et al. (2022).
+            # The given pixels leave the share `unexplained` of x_0's variance, x_t leaves
+            # noise_variance. Precisions (1 / variance) add up: both together leave std^2. The
+            # corrections, times std, have one size at every t: c_out of Karras et al. (2022).
             std = (1 / (self.posterior.unexplained * variance) + 1 / noise_variance).rsqrt()
             contrast = variance.sqrt()  # (B, 1, C), the standard deviation of each colour
 
-        answer, features = torch.zeros_like(y_out), []  # x_t enters by y_image and y_out
+        # 2. What the networks add, in units of std. They see x_t by y_image and y_out.
+        correction, features = torch.zeros_like(y_out), []
         if self.unet:
-            picture = y_image / contrast.mT[..., None]                     # (B, C, side, side)
-            image = self.unet(unet_planes(picture, input_coords, output_coords, alpha_bar))
-            features = [read_at(image, output_coords).relu()]              # (B, N_out, widths[0])
-            answer = answer + self.unet_to_values(features[0])
+            normalized = y_image / contrast.mT[..., None]                  # (B, C, side, side)
+            planes = unet_planes(normalized, input_coords, output_coords, alpha_bar)
+            features = [read_at(self.unet(planes), output_coords).relu()]  # (B, N_out, widths[0])
+            correction = correction + self.unet_to_values(features[0])
         if self.perceiver:
             time = self.embed_time(t)[:, None, :]                          # (B, 1, 64)
 
@@ -279,9 +281,10 @@ class NFDenoiser(nn.Module):
             queries = describe(output_coords, y_out, *features)
             # a noisy pixel tells less: its weight is multiplied by alpha_bar, its share of signal
             log_w = None if x_t is None else alpha_bar[:, 0].log()
-            answer = answer + self.perceiver(inputs, input_coords, queries, output_coords, log_w)
-        with exact:
-            return (mean + y_out + std * answer.float()) @ self.colours.T
+            correction = correction + self.perceiver(inputs, input_coords, queries, output_coords,
+                                                     log_w)
+        with exact:  # 3. x_0_hat = posterior_mean + std * (unet + perceiver), as RGB
+            return (mean + y_out + std * correction.float()) @ self.colours.T
 
 
 # ------------------------------------------------------------------------------ loss and sampling
@@ -295,7 +298,7 @@ def nf_loss(model, schedule, split, pure_noise, rows=slice(None)):
     it (torchrun) draw the same numbers as one process alone.
     """
     x_0, T = split["output_values"], schedule.timesteps
-    first = T - 1 if pure_noise else 0  # randint leaves T out, so from T - 1 on there is only T - 1
+    first = T - 1 if pure_noise else 0  # randint(T - 1, T) can only give T - 1
     t = torch.randint(first, T, (len(x_0),), device=x_0.device)
     x_t = None
     if not pure_noise:
@@ -323,7 +326,7 @@ def ddim_sample(model, schedule, output_coords, input_coords, input_values, num_
     """Draw output values (B, N_out, C): from Gaussian noise at output_coords, by schedule.ddim.
 
     Arguments and errors are those of one_step_mean and of schedule.ddim. Not clamped. device is
-    not used, since the values have one; the design document passes it.
+    accepted and ignored: values are drawn where input_values are.
     """
     from schedule import ddim, normal_like
 

@@ -52,7 +52,7 @@ def nearest(output_coords, input_coords, input_values):
 def kriging(output_coords, input_coords, input_values, covariance):
     """The mean of a Gaussian random field, given the inputs: GaussianField of nf_denoiser.py.
 
-    Two inputs side by side are almost equal: together they weigh like one. covariance: (P, P).
+    Of two inputs side by side, each gets about half the weight of one alone. covariance: (P, P).
     """
     mean = input_values.mean(dim=1, keepdim=True)                          # (B, 1, C)
     field = GaussianField(covariance.to(input_values))
@@ -65,11 +65,11 @@ def kriging(output_coords, input_coords, input_values, covariance):
 def reconstruct(model, schedule, split, draw=None, n_drawn=0):
     """The values of all outputs of a split by each method: {method: (B, N_out, C)} in [-1, 1].
 
-    The one-step mean estimates E[x_0 | x_in], the mean of all images that fit the input. Nothing
-    has a lower squared error, but it is blurred where several images fit. A sample is one of those
-    images: sharp, with about twice the squared error, since it differs from the mean as much as the
-    truth does. draw: ddim_sample with model and schedule filled in. It denoises the first n_drawn
-    outputs (those to be scored) jointly; the others are the mean, given the input and these.
+    The one-step mean estimates E[x_0 | x_in], the mean of all images that fit the input. No answer
+    has a lower expected squared error, but it is blurred. A sample is one of those images: sharp,
+    with about twice that error: it and the truth differ from the mean equally and independently.
+    draw: ddim_sample with model and schedule filled in, or None. It denoises the first n_drawn
+    outputs (the measured ones) jointly; the rest are the mean, given the input and the drawn ones.
     """
     coords = split["output_coords"]
     known = split["input_coords"], split["input_values"]
@@ -102,21 +102,21 @@ def restore(image, input_mask, answer, side=32, on_step=None, wanted=True):
     answer: such as nearest. wanted: bool (H, W), the pixels needed. on_step: see restore_windows.
     Returns (C, H, W), the given pixels unchanged.
 
-    Overlapping windows are restored and averaged (restore_windows); also at half the size, where
-    holes are half as wide and a window reaches twice as far; that again at a quarter, and so on.
-    Far from given pixels the smaller size is taken, near them the full size, which has the detail.
+    Overlapping windows are restored and averaged (restore_windows). The picture is then restored at
+    half its size too, by this function, where holes are smaller and a window reaches farther. Near
+    given pixels the full size is used, which has the detail; beyond 4 pixels the smaller one.
     """
     if not input_mask.any():
         raise ValueError("no pixel of the picture is given: there is nothing to restore it from")
     restored = restore_windows(image, input_mask, answer, side, on_step, wanted)
     mask = input_mask[None].to(image)                                        # (1, H, W)
-    depth = depth_of_holes(mask)
-    if not depth.any():
+    depth = depth_of_holes(mask)  # 0 up to 2 pixels from a given one, 1 beyond 4
+    if not depth.any():  # every pixel is near a given one: no smaller size is needed
         return restored
     half = torch.nn.AvgPool2d(2, ceil_mode=True)
     given = half(mask)
     small = half(image * mask) / given.clamp(min=0.1)  # the mean of the given ones of four pixels
-    used = F.max_pool2d(depth, 4, stride=2, padding=1, ceil_mode=True)[0] > 0  # where lerp reads it
+    used = F.max_pool2d(depth, 4, stride=2, padding=1, ceil_mode=True)[0] > 0  # read below
     small = restore(small, given[0] > 0, answer, side, on_step, used)
     small = F.interpolate(small[None], scale_factor=2, mode="bilinear")[0]
     return torch.lerp(restored, small[:, :image.shape[1], :image.shape[2]], depth)

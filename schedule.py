@@ -1,9 +1,10 @@
 """The arithmetic of diffusion: how clean data becomes noise, and how to undo it step by step.
 
-Forward process   x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps,    eps ~ N(0, I)
-                  alpha_t = 1 - beta_t,   alpha_bar_t = alpha_0 alpha_1 ... alpha_t
-Reverse process   a network predicts x_0 from x_t; ddim_step or ddpm_step makes x_t less noisy
-Timesteps         0 (almost clean) to T - 1 (almost pure noise); -1: clean data, alpha_bar = 1
+One step     x_t = sqrt(alpha_t) x_{t-1} + sqrt(beta_t) eps,   alpha_t = 1 - beta_t,  eps ~ N(0, I)
+t + 1 steps  x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps,  alpha_bar_t is the product of
+             alpha_0 to alpha_t
+Reverse      a network predicts x_0 from x_t; ddim_step or ddpm_step makes x_t less noisy
+Timesteps    0 (almost clean) to T - 1 (almost pure noise), -1: clean data; papers count from 1
 
     python schedule.py                     # alpha_bar_t of both schedules: out/schedule.png
 
@@ -19,8 +20,8 @@ import torch.nn.functional as F
 def cosine_beta_schedule(timesteps, s=0.008):
     """Betas for which alpha_bar follows a squared cosine. Improved DDPM, eq. 17.
 
-    The last fifth of the linear steps is almost pure noise; the cosine spreads the loss of signal
-    over all steps. The offset s and the clamp (in the paper 0 to 0.999) avoid betas near 0 and 1.
+    DDPM's linear betas make the last fifth of the steps almost pure noise; here all lose signal.
+    s and the clamp (paper: to 0.999) keep betas from being tiny and alpha_bar, a divisor, above 0.
     timesteps: T, 1 to 10,000. Returns float64 (T,). Raises ValueError for another T.
     """
     check_timesteps(timesteps)
@@ -83,10 +84,10 @@ class DiffusionSchedule:
     def ddim_step(self, x_t, x_0_hat, t, t_next, eta=0.0, noise=None):
         """From timestep t to any earlier t_next, given the prediction x_0_hat. DDIM, eq. 12.
 
-        The prediction splits x_t into x_0_hat and eps_hat. Their sum, weighted for the noise level
-        of t_next, is x_next. Only the two levels matter, so timesteps between them can be left out.
-        t_next = -1: clean data. eta: how much of the noise is new; 0: none, 1 with t_next = t - 1:
-        as much as in DDPM. noise: N(0, I), needed if eta is not 0.
+        The prediction splits x_t into x_0_hat and eps_hat; their sum with the weights of t_next is
+        x_next. Only the two noise levels matter: timesteps between them can be left out. t_next =
+        -1: clean data. eta = 0 adds no new noise; eta = 1 with t_next = t - 1 is ddpm_step: the
+        same mean, the same variance. noise: N(0, I), needed if eta is not 0.
         """
         eps_hat = self.predict_eps(x_t, t, x_0_hat)
         alpha_bars = F.pad(self.alphas_cumprod, (0, 1), value=1.0)  # alpha_bars[-1]: clean data

@@ -52,13 +52,13 @@ def field_loss(model, schedule, images, index, args):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose matrices are made orthogonal. Jordan et al. (2024), kellerjordan.github.io.
+    """SGD with momentum, its matrices orthogonalised. Jordan et al. (2024), kellerjordan.github.io.
 
     A gradient is U S V^T (its SVD). A few of its singular values S are large, so a step along it
     changes little in the other directions. U V^T has the same directions, all with value 1. As
     (X X^T) X = U S^3 V^T, odd polynomials of X act on S alone: five times s -> 3.4445 s - 4.7750
     s^3 + 2.0315 s^5 brings any s from 0.01 to 1 to between 0.68 and 1.13.
-    Kernels are matrices (out, in * height * width)."""
+    For matrices and kernels (out, in * height * width); AdamW trains the rest (make_optimizers)."""
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.01):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
@@ -82,8 +82,8 @@ class Muon(torch.optim.Optimizer):
 def training_loop(task, optimizers, images, args, first=0):
     """Train: yields (steps done, loss) after each step from `first`.
 
-    task: from nf_task; its batch_loss is field_loss; warmup is a share of the steps. The order is
-    seeded with the epoch, other random numbers with the step: a run can be resumed at any step."""
+    task: from nf_task. task.batch_loss(index) is field_loss, task.warmup a share of the steps. The
+    order is seeded by epoch, the rest by step, so that a run can be resumed at any step."""
     size, model = args.batch_size, task.model
     per_epoch = len(images) // size
     for step in range(first, args.steps):
