@@ -197,7 +197,8 @@ def linear_classifier(x, labels, *others):
     """
     mean = x.mean(0)
     scale = x.var(0).mean().sqrt() + 1e-8
-    A, *others = [F.pad((z - mean) / scale, (0, 1), value=1) for z in (x, *others)]
+    scaled = [(z - mean) / scale for z in (x, *others)]
+    A, *others = [F.pad(z, (0, 1), value=1) for z in scaled]
     target = F.one_hot(labels).to(x)
     penalty = 0.1 * len(x) * torch.eye(A.shape[1], device=x.device)
     w = torch.linalg.solve(A.T @ A + penalty, A.T @ target)

@@ -218,7 +218,9 @@ def read_idx(root, name, shape):
 def fixed_order(seed, indices, num_pixels):
     """Random numbers for sparse_split, float32 (B, num_pixels), functions of the seed and indices,
     int64 (B,), alone: image 7 has the same mask in every batch, run and process."""
-    rows = [np.random.default_rng((seed, index)).random(num_pixels) for index in indices.tolist()]
+    rows = []
+    for index in indices.tolist():
+        rows.append(np.random.default_rng((seed, index)).random(num_pixels))
     return torch.from_numpy(np.stack(rows)).to(indices.device, torch.float32)
 
 
@@ -250,8 +252,9 @@ def off_grid_split(images, input_ratio=0.2, output_ratio=0.2, generator=None, or
 
 def put_pixels(image, indices, values):
     """Images like `image` (B, C, H, W), with values (B, N, C) at the pixels of indices (B, N)."""
-    pixels = image.flatten(2).scatter(2, indices[:, None].expand_as(values.mT), values.mT)
-    return pixels.view_as(image)
+    values = values.mT                                                     # (B, C, N)
+    indices = indices[:, None].expand_as(values)
+    return image.flatten(2).scatter(2, indices, values).view_as(image)
 
 
 def count_split(num_pixels, input_ratio, output_ratio):
@@ -283,7 +286,8 @@ def make_leaves(count, seed):
         draw = ImageDraw.Draw(canvas)
         for xy, r, fill in zip(2 * centre, 2 * radius, colour.tolist()):
             draw.circle(xy, r.item(), tuple(fill))
-        tiles = to_tensor(canvas.reduce(2)).unfold(1, 32, 32).unfold(2, 32, 32)
+        picture = to_tensor(canvas.reduce(2))
+        tiles = picture.unfold(1, 32, 32).unfold(2, 32, 32)
         images.append(tiles.flatten(1, 2).transpose(0, 1))  # of (3, 32, 32, 32, 32)
     return torch.cat(images)[:count], torch.zeros(count, dtype=torch.uint8)
 
@@ -485,7 +489,8 @@ def read_mask(path, size):
     grey, alpha = picture.convert("LA").split()
     levels = ImageChops.multiply(grey, alpha)
     shades = sorted(grey.histogram(alpha))
-    if alpha.getextrema()[0] < 128 and sum(shades[-2:]) < sum(shades) / 2:
+    has_holes = alpha.getextrema()[0] < 128
+    if has_holes and sum(shades[-2:]) < sum(shades) / 2:
         print(f"notice: {path} is a photograph: its transparent pixels are taken as missing")
         levels = ImageChops.invert(alpha)
     highest = levels.getextrema()[1]

@@ -17,7 +17,6 @@ output values directly, and is trained on its mean squared error:
                                                   near and alike: (B, N_out, 3)
 
 Each part can be left out (train.py --parts). python nf_denoiser.py prints their parameters.
-
 Perceiver IO: Jaegle et al. (2021, arXiv 2107.14795). Gaussian Processes for Machine Learning:
 Rasmussen & Williams (2006). U-Net: Ronneberger et al. (2015, arXiv 1505.04597).
 Needs torch, to sample also schedule.py, to print the sizes data.py: copy it anywhere.
@@ -48,9 +47,8 @@ class Attention(nn.Module):
     would be kernel regression (Nadaraya, 1964), a mean in which near values count more. The third
     multiplies the weight of j by w_j, since exp(a + log w) = w exp(a): noisy pixels count less.
 
-    x (B, N, dim) attends to context (B, M, dim) -> (B, N, dim). log_w: (B, M) or None. With
-    placed=True it needs the coordinates (B, N, 2) and (B, M, 2). dim: a multiple of num_heads, with
-    placed=True of 4 * num_heads.
+    x (B, N, dim) attends to context (B, M, dim) -> (B, N, dim). log_w: (B, M) or None. placed=True
+    needs coordinates (B, N, 2) and (B, M, 2), and a dim that is a multiple of 4 * num_heads.
     """
 
     def __init__(self, dim, num_heads, placed=False):
@@ -450,7 +448,8 @@ class UNet(nn.Module):
             skips.append(x)
         x = x + self.bottom(x.relu())
         for i in reversed(range(len(self.up))):
-            x = skips[i] + F.interpolate(self.up[i](x.relu()), scale_factor=2)
+            x = self.up[i](x.relu())
+            x = skips[i] + F.interpolate(x, scale_factor=2)
             x = x + self.after[i](x.relu())
         return x
 

@@ -125,10 +125,11 @@ def main():
     from data import image_grid, make_glyphs, make_parser, save_pictures
     args = make_parser(__doc__).parse_args()
     clean = make_glyphs(1, seed=0)[0][0] / 255  # (1, 28, 28)
+    strengths = 0.1, 0.2, 0.3, 0.4, 0.5
     rows, captions = [], []
     for add_noise, _ in NOISES.values():
         row, caption = [clean], ["clean"]
-        for strength in (0.1, 0.2, 0.3, 0.4, 0.5):
+        for strength in strengths:
             noisy = add_noise(clean, strength, torch.Generator().manual_seed(0))
             mse = (noisy - clean).square().mean().item()
             row.append(noisy)

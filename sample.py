@@ -144,6 +144,9 @@ def restore_windows(image, input_mask, answer, side, on_step=None, wanted=True):
         to_do = missing[rows][:, :, columns].any(dim=3).any(dim=1)           # (rows, columns)
         counts = known[rows][:, :, columns].sum(dim=(1, 3)) * to_do
         ready = (counts >= max(1, counts.max() / 4)).nonzero()               # (N, 2): row, column
+        if not len(ready):  # nothing known is near what is wanted: fill towards it
+            wanted = True
+            continue
         windows = done + int(to_do.sum())
         total = image.new_zeros(height * width, len(image) + 1)  # the last one: of the weights
         for batch in split_by_counts(ready, counts[tuple(ready.mT)]):
@@ -456,7 +459,8 @@ def report_picture(model, schedule, path, folder, mask=None, input_ratio=0.2, se
     image, input_mask, has_truth, info = load_picture(path, len(model.colours), mask, input_ratio,
                                                       seed)
     stem, info["pnginfo"] = name_results(folder, path)
-    image, input_mask = image.to(schedule.betas.device), input_mask.to(schedule.betas.device)
+    device = schedule.betas.device
+    image, input_mask = image.to(device), input_mask.to(device)
     given = to_signed(image) * input_mask
     methods = {"one-step mean": partial(mean_of_windows, model, schedule)}
     if has_truth:

@@ -1,10 +1,9 @@
 """The arithmetic of diffusion: how clean data becomes noise, and how to undo it step by step.
 
-One step     x_t = sqrt(alpha_t) x_{t-1} + sqrt(beta_t) eps,   alpha_t = 1 - beta_t,  eps ~ N(0, I)
-t + 1 steps  x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps,  alpha_bar_t is the product of
-             alpha_0 to alpha_t
-Reverse      a network predicts x_0 from x_t; ddim_step or ddpm_step makes x_t less noisy
-Timesteps    0 (almost clean) to T - 1 (almost pure noise), -1: clean data; papers count from 1
+One step  x_t = sqrt(alpha_t) x_{t-1} + sqrt(beta_t) eps,   alpha_t = 1 - beta_t,   eps ~ N(0, I)
+At once   x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, alpha_bar_t = alpha_0...alpha_t
+Reverse   a network predicts x_0 from x_t; ddim_step or ddpm_step makes x_t less noisy
+Timesteps 0 (almost clean) to T - 1 (almost pure noise), -1: clean data; the papers count from 1
 
     python schedule.py                     # alpha_bar_t of both schedules: out/schedule.png
 

@@ -3440,6 +3440,12 @@ def test_only_windows_whose_answer_is_used_are_computed():
     sample.restore(torch.rand(3, 64, 512), known, mean_of_given,
                    on_step=lambda *step: steps.append(step))
     assert [windows for done, windows in steps if done == 0] == [10, 2, 2]
+    wanted = torch.zeros(64, 512, dtype=torch.bool)
+    wanted[:, 500:] = True
+    one = torch.zeros(64, 512, dtype=torch.bool)
+    one[0, 0] = True  # far from all that is wanted: filled on the way there
+    filled = sample.restore(torch.ones(3, 64, 512), one, mean_of_given, wanted=wanted)
+    close(filled[:, wanted], 1)
 
 
 def test_a_large_hole_is_filled_from_its_rim():

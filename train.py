@@ -8,10 +8,9 @@
     python train.py --model nf --resume           # continue an interrupted run
     torchrun --standalone --nproc_per_node=2 train.py --model nf   # processes share every batch
 
-All three compare a prediction with the CLEAN image: nf_loss in nf_denoiser.py, autoencoder_loss in
-autoencoder.py. A resumed run repeats an uninterrupted one, on a CPU bit for bit. Below out/MODEL it
-writes checkpoint.pt, loss.png, samples.png and results.json; an older checkpoint.pt becomes
-checkpoint-old.pt.
+All three compare a prediction with the CLEAN image: see nf_loss, autoencoder_loss. A resumed run
+repeats an uninterrupted one, on a CPU bit for bit. Below out/MODEL it writes checkpoint.pt,
+loss.png, samples.png and results.json; an older checkpoint.pt becomes checkpoint-old.pt.
 """
 import contextlib
 import math
@@ -43,10 +42,15 @@ def field_loss(model, schedule, images, index, args):
 
     Half of the batch trains the one-step mean, half the steps of a sampler."""
     rows = slice(RANK, None, WORLD)  # this process's share of each half; all rows if it is alone
+    make_split = off_grid_split if args.pixels == "anywhere" else sparse_split
+    # A U-Net computes all pixels anyway, so the mean may be asked for all that are missing (None);
+    # attention takes longer the more are asked.
+    many = 0.6 if "perceiver" in args.parts else None
+    mean_ratio = many if "unet" in args.parts else 0.2
     mean_half, sampling_half = index.chunk(2)
     losses = []
-    for half, pure_noise in ((mean_half, True), (sampling_half, False)):
-        split = draw_split(images, half, args, pure_noise)  # 20% input, 20% or more output
+    for half, ratio, pure_noise in ((mean_half, mean_ratio, True), (sampling_half, 0.2, False)):
+        split = make_split(images[half], output_ratio=ratio)
         losses.append(nf_loss(model, schedule, split, pure_noise, rows))
     return sum(losses) / 2
 
@@ -166,19 +170,6 @@ def autoencoder_task(args, images, test_images):
     return SimpleNamespace(model=model, config=config, batch_loss=batch_loss, measure=measure,
                            report=report, metric="test MSE", warmup=0.1,
                            every=len(images) // args.batch_size)
-
-
-def draw_split(images, index, args, pure_noise):
-    """New input and output pixels of the images `index`, as data.sparse_split returns them.
-
-    A U-Net computes all pixels anyway, so the one-step mean may be asked for all that are missing;
-    attention takes longer the more are asked.
-    """
-    output_ratio = 0.2
-    if pure_noise and "unet" in args.parts:
-        output_ratio = 0.6 if "perceiver" in args.parts else None
-    make_split = off_grid_split if args.pixels == "anywhere" else sparse_split
-    return make_split(images[index], output_ratio=output_ratio)
 
 
 def make_optimizers(model, args):
@@ -378,10 +369,8 @@ def apply_recipe(args):
     if args.model != "dae":
         args.noise = "clean"
     elif args.noise != "mixed":
-        strength = args.noise_param
-        if strength is None:
-            strength = NOISES[args.noise][1]
-        args.noise += f" {strength}"
+        _, default = NOISES[args.noise]
+        args.noise += f" {default if args.noise_param is None else args.noise_param}"
 
 
 def start_processes(args):
