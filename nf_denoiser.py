@@ -183,9 +183,9 @@ class GaussianField(nn.Module):
         noise = torch.full_like(y_in, self.jitter)
         weights = solve(K[:, :n_in, :n_in], noise[..., :1], y_in)  # one D for all channels
         quadratic = (y_in * weights).sum(dim=1, keepdim=True)
-        variance = likely_variance(quadratic, n_in)  # (B, 1, C), about y^T (K + D)^-1 y / N_in
+        variance = likely_variance(quadratic, n_in)  # of each colour: y^T (K + D)^-1 y / N_in
         if y_t is not None:  # the same system with all N = N_in + N_out pixels
-            noise_t = (noise_variance / variance).expand_as(y_t)
+            noise_t = (noise_variance / variance).expand_as(y_t)  # D, in units of variance
             weights = solve(K, torch.cat([noise, noise_t], dim=1), y)
         image = (weights.mT @ K_seen_all).unflatten(2, (side, side))            # (B, C, side, side)
         return image, read_at(image, output_coords), variance
