@@ -185,7 +185,8 @@ def test_schedules_refuse_nonsense():
         for wrong in (0, -3, 10_001):
             raises(ValueError, lambda: make(wrong), f"got {wrong}")
     for ends in ((0.1, 1), (0, 0.1), (math.nan, 0.1), (0.1, -1), (2, 0.1)):
-        raises(ValueError, lambda: schedule.linear_beta_schedule(10, *ends), ends[0])
+        said = f"got {ends[0]} to {ends[1]}"
+        raises(ValueError, lambda: schedule.linear_beta_schedule(10, *ends), said)
     raises(ValueError, lambda: schedule.DiffusionSchedule(10, "sqrt"), "sqrt")
 
 
@@ -254,9 +255,9 @@ def test_steps_refuse_timesteps_out_of_range():
     x = torch.ones(3)
     for step in every_step(s):
         for wrong in (-1, 100):
-            raises(IndexError, lambda: step(x, x, x, wrong), 100)
+            raises(IndexError, lambda: step(x, x, x, wrong), f"below 100, got {wrong}")
     for t_next in (-2, 100):
-        raises(IndexError, lambda: s.ddim_step(x, x, 5, t_next))
+        raises(IndexError, lambda: s.ddim_step(x, x, 5, t_next), "-1 or more", t_next)
 
 
 def test_q_sample_and_predict_eps_written_out():
@@ -439,7 +440,8 @@ def test_the_simple_noises_written_out():
     """
     for shape, pixels, dtype in (
             ((4, 3, 8, 8), (4, 1, 8, 8), torch.float32),
-            ((4, 5, 5), (4, 5, 5), torch.float64)):
+            ((4, 5, 5), (4, 5, 5), torch.float64),
+            ((4, 3, 2, 5, 5), (4, 3, 2, 5, 5), torch.float32)):
         images = torch.rand(shape, dtype=dtype)
         before = images.clone()
         eps = normal(*shape, dtype=dtype)
@@ -1282,7 +1284,8 @@ def test_a_result_keeps_colour_profile_and_resolution():
         picture.save("odd.tif", dpi=(300, 300))
         content = Path("odd.tif").read_bytes()
         Path("odd.tif").write_bytes(content.replace(b"\x2c\1\0\0\1\0\0\0", bytes(8)))  # 0 / 0
-        for name in ("plain.tif", "odd.tif"):
+        picture.save("fine.tif", dpi=(1e6, 1e6))
+        for name in ("plain.tif", "odd.tif", "fine.tif"):
             assert data.load_picture(name, 3)[3] == {}
 
 
