@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import http.client
 import importlib
+import inspect
 import io
 import itertools
 import json
@@ -720,7 +721,8 @@ def test_a_download_that_fails_leaves_nothing_half_done():
         raise OSError("disk full")
 
     with cifar10_archive("source") as source:
-        for accident, word in ((patched(data, CIFAR10_URLS=[MISSING]), "missing"),
+        for accident, word in ((patched(data, CIFAR10_URLS=[MISSING, OTHER]), "missing"),
+                               (patched(data, CIFAR10_URLS=[OTHER, MISSING]), "its MD5 should"),
                                (patched(data, CIFAR10_URLS=[OTHER]), "its MD5 should be"),
                                (patched(urllib.request, urlopen=breaks_off), "IncompleteRead"),
                                (patched(Path, write_bytes=disk_full), "disk full")):
@@ -1110,8 +1112,10 @@ def test_a_grid_shows_images_in_their_places_beside_their_labels():
 def test_a_caption_is_centred_below_its_image_and_a_pixel_is_four_wide():
     with spied(ImageDraw.ImageDraw, "text") as texts:
         grid = data.image_grid([[torch.zeros(1, 8, 8)]], captions=[["ab"]])
-    (_, place, text, *_, anchor), _ = texts[0]
-    assert (place, text, anchor) == ((12 + 16, 6 + 32 + 2), "ab", "ma")
+        data.image_grid([[torch.zeros(1, 8, 8)]], ["column"], ["row"])
+    (_, place, text, *_), _ = texts[0]
+    assert (place, text) == ((12 + 16, 6 + 32 + 2), "ab")
+    assert [given[-1] for given, _ in texts] == ["ma", "ma", "lm"]  # caption, column, row
     assert grid.size == (12 + 32 + 6, 6 + 32 + 24)
 
 
@@ -1670,6 +1674,7 @@ def test_exponential_covariance_against_numpy():
     distance = np.linalg.norm(places[:, None] - places, axis=2)
     default = nf_denoiser.exponential_covariance(5)
     close(default, np.exp(-distance * 31 / 16), 1e-6)
+    close(nf_denoiser.exponential_covariance(5, length=2), np.exp(-distance / 2), 1e-6)
 
 
 def test_pixel_covariance_written_out():
@@ -1859,6 +1864,8 @@ def test_what_a_model_is_made_of():
             K = nf_denoiser.exponential_covariance(16)
             assert torch.equal(model.posterior.covariance, K)
         assert model.posterior.unexplained == expected
+    double = tiny_field(covariance=K.double())  # as numpy computes it
+    close(double(*random_problem()), tiny_field(covariance=K)(*random_problem()), 0)
     for num_latents in (None, 4):
         for module in tiny_field(num_latents=num_latents).modules():
             if isinstance(module, nf_denoiser.Attention):
@@ -1920,7 +1927,7 @@ def test_wrong_shapes_get_one_ValueError():
             for wrong in (x.narrow(dim, 0, size - 1), x.flatten()[1:]):
                 arguments = list(problem)
                 arguments[i] = wrong
-                raises(ValueError, lambda: model(*arguments), "need the shapes")
+                raises(ValueError, lambda: model(*arguments), "need the shapes", tuple(wrong.shape))
     raises(ValueError, lambda: model(*random_problem(n_in=0)), "at least one input pixel")
     assert model(*random_problem(n_in=1)).isfinite().all()
     doubles = [x.double() for x in problem]  # as numpy has them
@@ -1949,10 +1956,18 @@ def test_the_full_size_has_the_perceiver_of_the_document():
     assert full.fourier.B.shape == (2, 256)
 
 
+def test_without_sizes_a_model_is_the_full_one():
+    full = nf_denoiser.SIZES["full"]
+    for owner in (nf_denoiser.NFDenoiser, nf_denoiser.PerceiverIO):
+        for name, parameter in inspect.signature(owner).parameters.items():
+            assert parameter.default == full.get(name, parameter.default), name
+
+
 def test_medium_is_the_shipped_model_and_small_has_no_dropout():
     shipped = sample.load_checkpoint(sample.SHIPPED)[1]["config"]
     medium = nf_denoiser.SIZES["medium"]
-    assert list(shipped["widths"]) == list(medium["widths"])
+    for key, value in medium.items():
+        assert shipped[key] == value, key
     assert medium["dropout"] == nf_denoiser.SIZES["small"]["dropout"] == 0
 
 
@@ -2478,7 +2493,9 @@ def test_what_each_flag_of_the_lab_changes_and_what_an_interruption_leaves():
         return train_models(labels, images, seed, *others)
 
     with tiny_sets():
-        first = lab("")  # 320 images, fewer than a batch of 512
+        with spied(autoencoder, "train_models") as trainings:
+            first = lab("")  # 320 images, fewer than a batch
+        assert [given[2:] for given, _ in trainings] == [(seed, 10, 512) for seed in range(3)]
         assert "--exercise progressive --data mnist --epochs 10 --seeds 3`" in first
         assert sorted(os.listdir("out")) == ["autoencoder-progressive.png", "lab.md"]
         texts = [first, *map(lab, ("--epochs 1", "--seeds 1", "--seeds 1 --batch-size 160"))]
@@ -2707,11 +2724,15 @@ def test_three_steps_of_the_field_written_out():
 
 
 def test_the_printed_loss_is_the_mean_of_the_last_hundred_steps():
-    with without_reports():
-        out = works(train, "--model dae --data mnist --batch-size 64 --steps 120")
+    with without_reports(), spied(train, "line_chart") as charts:
+        out = works(train, "--model dae --data mnist --batch-size 64 --steps 200")
         losses = checkpoint_of("out/dae")["losses"]
-    printed = re.findall(r"step (\d+) of 120 .* loss ([\d.]+)", out)
-    assert len(printed) == 24  # after each epoch of 5 steps
+    assert re.search(r"step 200 of 200 .*  0 s left", out)
+    printed = re.findall(r"step (\d+) of 200 .* loss ([\d.]+)", out)
+    assert len(printed) == 40  # after each epoch of 5 steps
+    (xs, ys), = charts[0][0][1].values()  # of loss.png: means of two steps
+    assert list(xs) == list(range(2, 201, 2))
+    close(ys, losses.view(100, 2).mean(1), 1e-6)
     for step, loss in printed:
         close(float(loss), losses[max(0, int(step) - 100):int(step)].mean(), 6e-6)
 
@@ -3338,6 +3359,22 @@ def test_a_place_that_cannot_be_written_is_noticed_before_measuring():
             assert Path(name).exists() == stays
 
 
+def test_a_kill_while_figures_are_written_leaves_the_old_ones():
+    write = Path.write_bytes
+
+    def killed(path, content):
+        write(path, content[:9])
+        raise KeyboardInterrupt
+
+    with folder() as root:
+        path = root / "f.json"
+        quiet(sample.write_json, path, "m.pt", "leaves", {})
+        before = path.read_bytes()
+        with patched(Path, write_bytes=killed):
+            raises(KeyboardInterrupt, lambda: sample.write_json(path, "m.pt", "mnist", {}))
+        assert path.read_bytes() == before and files_in(root) == [path]
+
+
 def test_an_autoencoders_checkpoint_is_measured_by_its_own_report():
     with tiny_sets():
         model = autoencoder.DenoisingAutoencoder()
@@ -3542,6 +3579,7 @@ def test_a_photograph_is_restored_by_the_one_step_mean():
         save_png("photo.png", photo)
         out, image = restored("photo.png --input-ratio 0.3 --seed 2 --json f.json")
         ((rows, labels), options), = drawn
+        assert options["zoom"] == 256 // 90  # the longer side of the photograph
         comparison = data.image_grid(rows, labels, **options)
         assert np.array_equal(pixels_of("out/nf/photo-comparison.png"), pixels_of(comparison))
         figures = json.loads(Path("f.json").read_text())
@@ -3795,6 +3833,7 @@ def test_bad_input_gets_one_line_and_an_exit_code():
                         "--model dae --noise mixed --noise-param 0 | "
                         "--model ae --noise masking | --model dae --parts unet | "
                         "--parts unet --num-latents 9 | --lr 1e39 | "
+                        "--model dae --beta-schedule linear | --model ae --pixels anywhere | "
                         "--steps 99999999999 | --model ae --size full | "
                         "--model ae --noise-param 1"),
                 (autoencoder, "--seeds 0 | --epochs 0 | --batch-size 0 | --exercise nope"),
@@ -3803,10 +3842,16 @@ def test_bad_input_gets_one_line_and_an_exit_code():
             for line in lines.split(" | "):
                 code, _, err = run(module, line)
                 assert code == 2 and "error: " in err.splitlines()[-1], (module, line, err)
+        assert "must be between 0 and 1, got 2" in run(sample, "--eta 2")[2]
     process = subprocess.run([sys.executable, HERE / "sample.py", "none.pt"],
                              capture_output=True, text=True)
     assert process.returncode == 1 and process.stderr.count("\n") == 1, process.stderr
     assert process.stderr.startswith("error: ")
+
+
+def test_help_shows_the_docstring_as_it_is():
+    for module in (data, noise, schedule, autoencoder, sample, train):
+        assert module.__doc__.strip() in works(module, "--help")
 
 
 def test_the_readmes_commands_parse():
