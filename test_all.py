@@ -2948,6 +2948,10 @@ def test_a_new_run_keeps_the_checkpoint_of_the_last_one():
 
 
 def test_a_folder_is_known_by_the_pictures_in_it():
+    images = leaves(3)
+    other = images.clone()
+    other[2, 2, 15, 15] ^= 1
+    assert sample.checksum(images) != sample.checksum(other)
     line = "--model dae --batch-size 8 --steps"
     with folder() as root:
         os.mkdir("ph")
@@ -3159,6 +3163,7 @@ def test_each_flag_changes_the_table_as_it_says():
             seed = options.get("seed", 0)
             draw = drawing(*field, seed, **sampling)
             equal(got, sample.evaluate_field(*field, images[:2], draw, **options), 1e-5)
+            assert re.search(r"\n +MSE +MAE +PSNR dB +SSIM\n", out)
             for method, row in got.items():  # the table says the same
                 line = (f"{method} +{row['mse']:.5f} +{row['mae']:.5f} +{row['psnr']:.2f} +"
                         f"{row['ssim']:.4f}\n")
