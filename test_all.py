@@ -2441,6 +2441,7 @@ def test_mean_correlation_against_numpy():
     expected = np.abs(np.corrcoef(z.numpy().T))[np.triu_indices(5, 1)].mean()
     constant = torch.linspace(0.1, 0.9, 9).expand(200, 9)
     close(mean(z), expected, 1e-5)
+    close(mean(z * torch.tensor([1, -1, 1, -1, 1])), expected, 1e-5)  # signs do not count
     close(mean(torch.cat([z, constant], 1)), expected, 1e-5)
     assert math.isnan(mean(torch.cat([z[:, :1], constant], 1)))
 
@@ -3795,6 +3796,7 @@ def test_bad_input_gets_one_line_and_an_exit_code():
                 odd={"kind": "nf"}, list=[1, 2], evil={"kind": "nf", "config": Evil()},
                 alien=shipped | {"kind": "../alien"}, alien2=shipped | {"schedule": None}).items():
             torch.save(content, f"{name}.pt")
+        raises(FileNotFoundError, lambda: sample.load_checkpoint("none.pt"), "none.pt")
         for name in ("junk", "empty", "odd", "list", "evil", "alien", "alien2", "none"):
             refused(sample, f"{name}.pt", f"{name}.pt")
         assert not Path("evil").exists()
