@@ -59,7 +59,7 @@ class DenoisingAutoencoder(nn.Module):
         self.decoder[-2].bias.copy_(mean.logit())  # the inverse of the sigmoid
 
     def encode(self, x):
-        """Images (B, ...) in [0, 1] -> latent (B, latent_dim)."""
+        """Images (B, ...) in [0, 1] -> latent (B, latent_dim). RuntimeError for another size."""
         return self.encoder(x.flatten(1))
 
     def decode(self, latent):
@@ -244,7 +244,8 @@ def filters(models, test):
     for model in models.values():
         layer = model.encoder[0]
         spread = layer(test.flatten(1)).relu().std(0)
-        weight = layer.weight[spread.topk(16).indices].view(-1, 1, 28, 28)
+        most_active = spread.topk(16).indices
+        weight = layer.weight[most_active].view(-1, 1, 28, 28)
         rows.append([0.5 + 0.5 * image / image.abs().max() for image in weight])
     return image_grid(rows, row_labels=[f"trained on {label}" for label in models], zoom=3)
 

@@ -385,7 +385,7 @@ def open_picture(path, least_side=None):
     limit = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = None
     try:
-        # not opened by its name: Pillow would map a TIFF file, and turn it wrongly
+        # opened here, since Pillow maps a TIFF file into memory by its name, and turns it wrongly
         with open(path, "rb") as stream, Image.open(stream) as file:
             if math.prod(file.size) > 300_000_000:
                 raise ValueError("it has more than 300 megapixels: reduce it first")

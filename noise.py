@@ -63,7 +63,7 @@ def ssim(a, b):
 
     It compares means, variances and covariance in windows of 11 x 11 (Gaussian, sigma 1.5, no
     padding), so lost texture costs more than in PSNR. 1: equal. Mean over windows and channels.
-    Images must have at least 11 x 11 pixels.
+    Raises RuntimeError for images below 11 x 11 or of different shapes.
     """
     gaussian = torch.signal.windows.gaussian(11, std=1.5, dtype=torch.float64)
     window = torch.outer(gaussian, gaussian) / gaussian.sum() ** 2

@@ -708,7 +708,7 @@ def main(argv=None):
                          f"field: give the path of its checkpoint")
     schedule = DiffusionSchedule(**checkpoint["schedule"]).to(args.device)
     folder, count = args.out / kind, 1
-    check_place(folder / "samples.png")
+    check_place(folder / "samples.png")  # before the work, not after it
     if args.image and not args.size:
         name = args.image
         figures = report_picture(model, schedule, name, folder, args.mask, args.input_ratio,

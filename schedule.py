@@ -135,7 +135,7 @@ def ddim(denoise, schedule, x_T, num_steps=50, eta=0.0, generator=None, on_step=
 
 @torch.no_grad()
 def ddpm(denoise, schedule, x_T, generator=None, on_step=None):
-    """All T timesteps, each with new noise. DDPM, algorithm 2. Otherwise like ddim."""
+    """All T timesteps, all but the last with new noise. DDPM, algorithm 2. Else like ddim."""
     x_t = x_T
     for t in reversed(range(schedule.timesteps)):
         x_0_hat = denoise(x_t, torch.full((len(x_t),), t, device=x_t.device))

@@ -197,7 +197,7 @@ def train(task, optimizers, images, args, path, signals):
     """Run the loop; test, save and print now and then. Returns (losses, tests).
 
     signals: of noted_signals. They end it after a whole step, saved, in all processes. Raises
-    ValueError, and saves nothing, if the loss or a weight is not finite.
+    ValueError, and saves nothing, if the loss, a weight or the test figure is not finite.
     """
     losses = torch.zeros(args.steps, device=args.device)
     settings = {key: value for key, value in vars(args).items() if key not in FREE}
@@ -232,10 +232,10 @@ def train(task, optimizers, images, args, path, signals):
             line += f"  {task.metric} {tests[-1][1]:.4g}"
         if reporting or (stop and not set_aside):
             recent = losses[:step][-100:].mean()  # reading it makes a GPU wait
-            numbers = [torch.tensor(tests[-1:]), *task.model.parameters()]
+            numbers = [recent, torch.tensor(tests[-1:]), *task.model.parameters()]
             if not all(x.isfinite().all() for x in numbers):
-                raise ValueError(f"a weight or the test figure is no longer finite at step "
-                                 f"{step:,}, which is not saved: use a lower --lr")
+                raise ValueError(f"the loss, a weight or the test figure is no longer finite at "
+                                 f"step {step:,}, which is not saved: use a lower --lr")
             if RANK == 0:
                 save(step)
             print(f"{line}  loss {recent:.5f}", flush=True)
